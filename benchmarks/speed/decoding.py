@@ -21,7 +21,9 @@ from pathlib import Path
 from tunesmith.build_model import build_model
 from tunesmith.hub.fetch import spec_of_folder
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.inference.decoding import Decoding, answer_batch
+from tunesmith.inference.answers import answer_batch
+from tunesmith.inference.decoding import Decoding
+from tunesmith.inference.sampler import Prompt
 from tunesmith.model.shapes import find_shape
 from tunesmith.planning.resolve import inference_plan, resolve_dtype
 from tunesmith.runtime.device import chip_of, choose_device
@@ -59,7 +61,6 @@ def main() -> None:
         plan = inference_plan(run, files, device)
         root, _ = build_model(run, files, plan, weights="random")
     root.eval()
-    root.use_inference_attention()
     times: list[float] = []
 
     def note() -> bool:
@@ -67,7 +68,8 @@ def main() -> None:
         return False
 
     decoding = Decoding(max_new_tokens=args.tokens)
-    answer_batch(root.model, files.tokenizer, [[5] * PROMPT], decoding, stops=(), cancelled=note)
+    prompt = Prompt([5] * PROMPT)
+    answer_batch(root, files.tokenizer, [prompt], decoding, stops=(), cancelled=note)
     seconds = [after - before for before, after in pairwise(times)]
     report = {
         "seconds": seconds,

@@ -17,7 +17,7 @@ training.
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tunesmith.data.rows.samples import Picture
-    from tunesmith.data.text.example import Pixels
     from tunesmith.data.text.placeholders import PictureProcessor
     from tunesmith.data.text.template import Template
     from tunesmith.hub.model_files import ModelFiles
+    from tunesmith.inference.sampler import Prompt
     from tunesmith.methods.base import TrainModel
 
 log = logging.getLogger(__name__)
@@ -127,8 +127,7 @@ class LoadedModel(OpenedRun, Tabular):
     """Loaded model in eval mode, with an attention implementation that supports padding masks.
 
     Attributes:
-        train_model: the root module that training uses. It is needed to compute losses, see
-            `training_attention`.
+        train_model: the root module that training uses. Losses and answers are computed by it.
     """
 
     train_model: "TrainModel" = field(repr=False)
@@ -171,31 +170,22 @@ class LoadedModel(OpenedRun, Tabular):
         """System message that the run added to rows without a system message."""
         return self.run.data.system if self.run else None
 
-    def pixels(self, pictures: "tuple[Picture, ...]", where: str = "") -> "Pixels | None":
-        """Convert the pictures of a prompt to the inputs of the model.
-
-        Return None if there are no pictures. Raise DataError if a picture cannot be read.
+    def prompt(
+        self, ids: Sequence[int], pictures: "tuple[Picture, ...]", where: str = "", row: int = 0
+    ) -> "Prompt":
+        """Return a prompt for the sampler.
 
         Args:
-            where: file and line of the row, for the error message.
+            where: file and line of the row, for the error message of a picture.
+            row: index of the row, on which the draws depend.
         """
-        from tunesmith.data.batches.pixels import PixelTask, make_pixels
+        from tunesmith.data.batches.pixels import PicturesOfPrompt, PixelTask
+        from tunesmith.inference.sampler import Prompt
 
-        if not pictures or self.template.pictures is None:
-            return None
-        return make_pixels(self.template.pictures, PixelTask(pictures, where=where))
-
-    @contextmanager
-    def training_attention(self) -> "Iterator[TrainModel]":
-        """Yield the root module with the attention implementation of training, to compute losses.
-
-        The attention implementation of inference is restored afterwards.
-        """
-        self.train_model.use_training_attention()
-        try:
-            yield self.train_model
-        finally:
-            self.train_model.use_inference_attention()
+        processor = self.template.pictures
+        if not pictures or processor is None:
+            return Prompt(ids, row)
+        return Prompt(ids, row, PicturesOfPrompt(processor, PixelTask(pictures, where=where)))
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -442,7 +432,7 @@ def load_run(
         plan = inference_plan(read.recipe, read.files, torch_device)
         train_model, _ = build_model(read.recipe, read.files, plan)
         train_model.eval()
-        train_model.use_inference_attention()
+        train_model.use_attention("generate")
         return LoadedModel(**vars(read), train_model=train_model)
 
 

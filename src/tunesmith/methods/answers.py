@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.batches.batch import Batch
-from tunesmith.methods.base import TrainModel, supervised_positions
+from tunesmith.methods.base import TrainModel, evaluating, supervised_positions
 
 
 class Answers(NamedTuple):
@@ -69,13 +69,8 @@ def reference_logprobs(model: TrainModel, batch: Batch) -> Tensor:
             )
         # This rank has no example left, so its batch contains only padding.
         return torch.zeros(0, dtype=torch.float64, device=batch.input_ids.device)
-    is_training = model.training
-    model.eval()
-    try:
-        with model.reference():
-            return answer_logprobs(model, batch).logprobs
-    finally:
-        model.train(is_training)
+    with evaluating(model), model.reference():
+        return answer_logprobs(model, batch).logprobs
 
 
 def pair_metrics(

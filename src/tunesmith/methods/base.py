@@ -9,8 +9,8 @@ sum is divided. The training loop is in another module.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from tunesmith.model.documents import (
 from tunesmith.model.model_types import BidirectionalPictures
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
+from tunesmith.model.slots import Slots
 from tunesmith.model.vision import (
     add_features_by_place,
     add_zero_gradients,
@@ -182,6 +183,7 @@ class TrainModel(nn.Module):
         super().__init__()
         self.model = model
         self.method = method
+        self.is_recurrent = bool(recurrent)
         self.layers_name = find_layers(model)
         self.logit_rule = find_head(model)
         self.attention_backend = attention_backend
@@ -196,22 +198,32 @@ class TrainModel(nn.Module):
             self.chunk_size = prepare_chunked_attention(model)
             run_by_document(model, recurrent)
         add_features_by_place(model)
-        self.use_training_attention()
+        self.use_attention("training")
 
-    def use_training_attention(self) -> None:
-        """Select the attention for training. Call this again after `generate`, because generation
-        needs another attention.
+    def use_attention(self, purpose: Literal["training", "generate"]) -> None:
+        """Select the attention for training, or for a call of Transformers' `generate`, which needs
+        an attention with padding masks. This is sdpa if possible.
+
+        Models that cap attention scores (Gemma 2) use eager attention in `generate`, because sdpa
+        does not support this and Transformers rejects it.
         """
-        set_text_attention(self.model, attention.register() if self.packs_rows else "eager")
+        self.attention = purpose
+        name = "eager"
+        if purpose == "generate" and self.model._supports_sdpa:
+            name = "sdpa"
+        elif purpose == "training" and self.packs_rows:
+            name = attention.register()
+        set_text_attention(self.model, name)
 
-    def use_inference_attention(self) -> None:
-        """Select Transformers' attention for generation, which must support padding masks. This is
-        sdpa if possible.
-
-        Models that cap attention scores (Gemma 2) use eager attention, because sdpa does not
-        support this and Transformers rejects it.
-        """
-        set_text_attention(self.model, "sdpa" if self.model._supports_sdpa else "eager")
+    @contextmanager
+    def attention_for(self, purpose: Literal["training", "generate"]) -> Iterator[None]:
+        """Select an attention as `use_attention`. The previous one is restored afterwards."""
+        previous = self.attention
+        self.use_attention(purpose)
+        try:
+            yield
+        finally:
+            self.use_attention(previous)
 
     @property
     def packs_rows(self) -> bool:
@@ -221,6 +233,13 @@ class TrainModel(nn.Module):
         documents of a row.
         """
         return self.attention_backend != "eager"
+
+    @property
+    def takes_slots(self) -> bool:
+        """Return whether attention is the only layer that needs the earlier tokens of an answer, so
+        that the keys and values in `Slots` are sufficient to continue it.
+        """
+        return self.packs_rows and not self.is_recurrent and self.chunk_size is None
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -243,7 +262,7 @@ class TrainModel(nn.Module):
         The backward must run inside the context too: it recomputes layers, and their attention
         needs the documents of the batch.
         """
-        return use_documents(self._documents(batch))
+        return use_documents(self.documents(batch))
 
     def forward(
         self, batch: Batch, compute: Callable[["TrainModel", Batch], Any] | None = None
@@ -255,9 +274,12 @@ class TrainModel(nn.Module):
         """
         return (compute or self.method)(self, batch)
 
-    def _documents(self, batch: Batch) -> Documents | None:
+    def documents(self, batch: Batch, slots: Slots | None = None) -> Documents | None:
         """Return the documents of a batch, or None for padded rows, which use Transformers'
         attention.
+
+        Args:
+            slots: keys and values of the answers that the batch begins or continues.
         """
         if not self.packs_rows:
             return None
@@ -272,6 +294,7 @@ class TrainModel(nn.Module):
             # Set this for text batches too, so that batches with and without pictures share a
             # compiled graph.
             bidirectional_pictures=self.bidirectional_pictures,
+            slots=slots,
         )
         documents.set_pictures(batch.spans)
         if batch.edges:
@@ -295,7 +318,7 @@ class TrainModel(nn.Module):
         # set yet. Compare `cu_seqlens` by identity, so that documents of another batch are never
         # used.
         if documents is None or documents.cu_seqlens is not batch.cu_seqlens:
-            documents = self._documents(batch)
+            documents = self.documents(batch)
         if documents is not None:
             # Flatten the batch to one row. Attention and recurrent layers use the documents, and
             # all other layers process each position separately.
@@ -324,6 +347,10 @@ class TrainModel(nn.Module):
             targets: [n].
         """
         return compute_with_head(token_logprobs, hidden, self.head, targets, **self._loss_options())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute the logits of hidden states [n, width], fp32 [n, vocabulary]."""
+        return self.logit_rule.logits(self.head(hidden).float())
 
     def _loss_options(self) -> dict[str, Any]:
         return {
@@ -361,7 +388,8 @@ class TrainModel(nn.Module):
         """Generate token ids that continue a prompt. `options` are arguments of Transformers'
         `generate`.
         """
-        return self.model.generate(**options)
+        with self.attention_for("generate"):
+            return self.model.generate(**options)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the trained parameters with their names in the causal LM. Tied parameters
@@ -370,6 +398,18 @@ class TrainModel(nn.Module):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set the model to eval mode, and disable gradients. The mode is restored afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 def supervised_positions(batch: Batch) -> tuple[Tensor, Tensor]:

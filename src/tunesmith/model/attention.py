@@ -198,11 +198,17 @@ def attend(
     sees_ahead = documents.bidirectional_pictures == "all" or (
         documents.bidirectional_pictures and window is not None
     )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if documents.slots is not None:
+        if documents.slots.holds_prompts:
+            return documents.slots.attend(
+                q, k, v, scale=scale, window=window, softcap=softcap, sinks=sinks
+            )
+        documents.slots.add_prompts(k, v, documents.edges)
     # A window that is as long as the longest document masks nothing.
     if window is not None and window >= documents.max_seqlen:
         window = None
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     rule = Rule(documents, scale, window, softcap, sinks, dropout)
     if documents.repeated is not None:
         return _attend_repeated(q, k, v, rule, documents.repeated)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tunesmith.model.model_types import BidirectionalPictures
 from tunesmith.model.packed_attention import spans_of
+from tunesmith.model.slots import Slots
 
 # Number of queries of a document that are computed at once. The scores are then [heads,
 # BLOCK_QUERIES, n], and keys that are in the future of the entire block are skipped. On 2 cores,
@@ -105,6 +106,8 @@ class Documents:
     spans: Tensor | None = None
     # Layers in which the tokens of a picture attend to all tokens of the same picture.
     bidirectional_pictures: BidirectionalPictures = ""
+    # Keys and values of answers that are being sampled. None in training.
+    slots: Slots | None = None
 
     @cached_property
     def edges(self) -> list[int]:

@@ -1,10 +1,19 @@
 """Generation of answers to held-out prompts during training, with a time limit."""
 
 import math
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.data.text.example import Example
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import DataError
-from tunesmith.inference.decoding import AnswerClock, sample_answers
+from tunesmith.inference.answers import answer_batch, decode
+from tunesmith.inference.decoding import Decoding
+from tunesmith.inference.sampler import Prompt
+from tunesmith.methods.base import TrainModel
+from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import NO_FINAL_ANSWERS, Phase, read_samples
 from tunesmith.training.loop_part import LoopPart, LoopShared
@@ -13,6 +22,8 @@ from tunesmith.training.loop_part import LoopPart, LoopShared
 # time or `log.sample_seconds`, whichever is longer. The answers of the final weights may take the
 # entire limit. For other answers, the time of all earlier answers is subtracted from the limit.
 MAX_SAMPLING_SHARE = 0.01
+SAMPLE_TOKENS = 64  # maximum tokens of a sample answer during training
+MIN_SAMPLE_TOKENS = 16  # minimum tokens of a sample answer that is cut off to save time
 
 
 class AnswerSampler(LoopPart):
@@ -136,3 +147,125 @@ class AnswerSampler(LoopPart):
         if is_final:
             return allowed
         return max(0.0, allowed - self.seconds)
+
+
+class AnswerClock:
+    """Time limit for sample answers. Answers that would take too long are cut off or skipped.
+
+    The time per token is measured between the first and the second token, because the time to the
+    first token includes processing the prompts. If ranks generate together, the time to the first
+    token is used instead, because only the first token is generated on all ranks for certain. This
+    is accurate enough: the prompts take about as long as one token, because both times are mostly
+    spent on gathering the weights.
+
+    Attributes:
+        allowed: maximum number of seconds.
+        predicted: predicted seconds for all tokens; None before the measurement.
+        limit: number of tokens after which the answers are cut off.
+        late: True if there is not enough time for MIN_SAMPLE_TOKENS tokens. The answers are then
+            skipped.
+    """
+
+    def __init__(
+        self,
+        allowed: float = math.inf,
+        *,
+        generated: Callable[[], object] = lambda: None,
+        agree: Callable[[int], int] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            generated: function that is called after each token.
+            agree: function that returns the same limit on all ranks. It is needed if ranks generate
+                together.
+            now: function that returns the time in seconds.
+        """
+        self.allowed = allowed
+        self.generated = generated
+        self.agree = agree
+        self.now = now
+        self.predicted: float | None = None
+        self.limit = SAMPLE_TOKENS
+        self.late = False
+        self.began = now()
+        self.seconds = [0.0]  # seconds from the start to each token
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was started."""
+        return self.now() - self.began
+
+    def after_token(self) -> bool:
+        """Record a token, and return whether the answers must end now."""
+        self.generated()
+        self.seconds.append(self.elapsed)
+        tokens = len(self.seconds) - 1
+        if tokens == (1 if self.agree else 2):
+            *_, previous, last = self.seconds
+            pace = last - previous
+            self.predicted = last + (SAMPLE_TOKENS - tokens) * pace
+            if self.predicted > self.allowed:
+                self.limit = max(tokens, tokens + int((self.allowed - last) / pace))
+            # Use the same limit on all ranks, because they must stop at the same token.
+            if self.agree:
+                self.limit = self.agree(self.limit)
+            self.late = self.limit < min(MIN_SAMPLE_TOKENS, SAMPLE_TOKENS)
+        return self.late or tokens >= self.limit
+
+
+def sample_answers(
+    train_model: TrainModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    stops: Collection[int],
+    *,
+    places: Sequence[str] = (),
+    references: Sequence[str] = (),
+    synced: bool = False,
+    clock: AnswerClock | None = None,
+) -> list[SampleAnswer]:
+    """Generate greedy answers to a few examples during training.
+
+    All examples are in one batch, so that sharded weights are gathered, and nf4 weights
+    dequantized, only once per token.
+
+    Args:
+        stops: token ids that end an answer.
+        places: file and line of each example's row.
+        references: the answer in each example's row.
+        synced: as for `answer_batch`.
+        clock: the time limit. Return an empty list if there is not enough time.
+    """
+    clock = clock or AnswerClock()
+    prompts = []
+    expected = []
+    rows = []
+    for index, example in enumerate(examples):
+        # The prompt is the part before the first supervised token. Skip an example whose prompt is
+        # empty or only one token.
+        start = int(example.trained.argmax())
+        if start > 1:
+            prompts.append(Prompt(example.ids[:start].tolist(), pictures=example.pictures))
+            rows.append(places[index] if places else "")
+            # Truncate the reference answer to the maximum length of a sample answer.
+            reference = references[index] if references else ""
+            reference_ids = tokenizer(reference, add_special_tokens=False)["input_ids"]
+            expected.append(decode(tokenizer, reference_ids[:SAMPLE_TOKENS]))
+    if not prompts:
+        return []
+    answers = answer_batch(
+        train_model,
+        tokenizer,
+        prompts,
+        Decoding(max_new_tokens=SAMPLE_TOKENS),
+        stops=stops,
+        cancelled=clock.after_token,
+        synced=synced,
+    )
+    if clock.late:
+        return []
+    texts = [decode(tokenizer, prompt.ids) for prompt in prompts]
+    written = [answer.text for answer in answers]
+    return list(map(SampleAnswer, texts, written, expected, rows))

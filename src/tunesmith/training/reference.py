@@ -31,7 +31,7 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.methods import METHODS
 from tunesmith.methods.answers import answer_logprobs
-from tunesmith.methods.base import TrainModel
+from tunesmith.methods.base import TrainModel, evaluating
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.parallel.shard import reshard
 from tunesmith.run_dir import Phase
@@ -169,18 +169,15 @@ class BaseReference:
             "base model, once before training"
         )
         self.ranks.heartbeat.phase(Phase.REFERENCE, STUCK_AFTER_S + COMPILING_S)
-        is_training = root.training
-        root.eval()
-        for scores in missing:
-            scores.values = self._measure(root, scores, loader, mesh)
-            if scores.file is not None and self.ranks.local_rank == 0:
-                _write(scores.file, scores.values)
-            scores.set_in_tokens()
-        root.train(is_training)
+        with evaluating(root):
+            for scores in missing:
+                scores.values = self._measure(root, scores, loader, mesh)
+                if scores.file is not None and self.ranks.local_rank == 0:
+                    _write(scores.file, scores.values)
+                scores.set_in_tokens()
         reshard(root)
         self.ranks.heartbeat.phase(Phase.LOADING)
 
-    @torch.no_grad()
     def _measure(self, root: TrainModel, scores: _Scores, loader: Loader, mesh: Mesh) -> np.ndarray:
         """Compute the log-probabilities of one cache file. Each data rank computes a part of the
         batches.

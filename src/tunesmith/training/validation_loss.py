@@ -11,8 +11,7 @@ import torch.distributed as dist
 from tunesmith.data.batches.layout import Layout
 from tunesmith.data.batches.mismatched import mismatched_of_all
 from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.inference.decoding import evaluating
-from tunesmith.methods.base import StepTotals, TrainModel
+from tunesmith.methods.base import StepTotals, TrainModel, evaluating
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 
 

@@ -25,9 +25,9 @@ from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 from tunesmith.inference.load_run import LoadedModel, _template, load_run
+from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.tools.evaluate import generate
 from tunesmith.tools.evaluate.evaluate import _eval_tokens
-from tunesmith.tools.evaluate.scorers import ScoredRow
 from tunesmith.training.run import train
 
 ASKED, SAID = "Which bird  sings?\n", " A wren."

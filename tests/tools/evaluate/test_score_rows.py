@@ -25,10 +25,10 @@ from tunesmith.errors import DataError, MachineError, RunError, StoppedError, Us
 from tunesmith.inference.decoding import Answer, Decoding
 from tunesmith.inference.load_run import load_run
 from tunesmith.metrics.intervals import paired_intervals
+from tunesmith.scoring.text import token_f1
 from tunesmith.tools.evaluate import score_rows
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.generate import generate
-from tunesmith.tools.evaluate.text import token_f1
 
 pytestmark = pytest.mark.slow
 

@@ -64,6 +64,25 @@ def make_pixels(processor: "PictureProcessor", task: PixelTask) -> Pixels:
     return processor.pixels(images)
 
 
+@dataclass(frozen=True)
+class PicturesOfPrompt:
+    """The pictures of a prompt, which are read when their pixels are needed."""
+
+    processor: "PictureProcessor"
+    task: PixelTask
+
+    @property
+    def token_id(self) -> int:
+        return self.processor.token_id
+
+    def begin(self) -> None:
+        """Do nothing: `pixels` reads the pictures in this process."""
+
+    def pixels(self) -> Pixels:
+        """Compute the pixels. Raise DataError if a picture cannot be read."""
+        return make_pixels(self.processor, self.task)
+
+
 def default_workers() -> int:
     """Return the number of worker processes of this rank, from its number of CPU cores.
 

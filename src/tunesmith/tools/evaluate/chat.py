@@ -18,12 +18,13 @@ from tunesmith.data.rows.samples import (
     ToolSchema,
     with_system,
 )
-from tunesmith.data.text.example import Pixels
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
-from tunesmith.inference.decoding import Decoding, answer_batch
+from tunesmith.inference.answers import answer_batch
+from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run
+from tunesmith.inference.sampler import Prompt
 from tunesmith.presentation.data import template_line
 from tunesmith.tools.evaluate.decoding_options import read_decoding
 from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
@@ -156,16 +157,14 @@ class Chat:
             sys.stdout.write(f"{self.side}> ")
         loaded = self.loaded
         with StopRequest(interactive=True) as stop:
-            prompt, pixels = self._prompt(question)
             (answer,) = answer_batch(
-                loaded.model,
+                loaded.train_model,
                 loaded.tokenizer,
-                [prompt],
+                [self._prompt(question)],
                 self.decoding,
                 stops=loaded.template.end_ids,
                 write=write,
                 cancelled=stop.requested,
-                pictures=[pixels],
             )
         self.turns.append((question, answer.text))
         if stop.requested():
@@ -181,10 +180,8 @@ class Chat:
             )
         print(flush=True)
 
-    def _prompt(self, question: str) -> tuple[list[int], Pixels | None]:
-        """Return the token ids and the pictures of the prompt.
-
-        In the prompt, the pictures are before the first question.
+    def _prompt(self, question: str) -> Prompt:
+        """Return the prompt, in which the pictures are before the first question.
 
         Raise UsageError if the conversation is too long for the model's context.
         """
@@ -209,4 +206,4 @@ class Chat:
                 "reserved for the answer (--max-new-tokens)",
                 fix="start a new conversation with /reset, or use a smaller --max-new-tokens",
             )
-        return prompt, loaded.pixels(self.pictures)
+        return loaded.prompt(prompt, self.pictures)

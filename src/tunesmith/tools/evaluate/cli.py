@@ -53,7 +53,7 @@ from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
 from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
-from tunesmith.tools.evaluate.scorers import check_scorer_names
+from tunesmith.scoring.scorers import check_scorer_names
 
 LOADS_TORCH = "here"
 

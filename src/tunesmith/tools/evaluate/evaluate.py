@@ -38,7 +38,7 @@ from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
-from tunesmith.inference.decoding import Decoding, evaluating
+from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import (
     LoadedModel,
     RunLocation,
@@ -48,11 +48,12 @@ from tunesmith.inference.load_run import (
     require_held_out,
 )
 from tunesmith.methods.answers import accuracy
-from tunesmith.methods.base import TrainModel, supervised_positions
+from tunesmith.methods.base import TrainModel, evaluating, supervised_positions
 from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.presentation.data import layout_lines
 from tunesmith.run_dir import PAIRS, weights_step
+from tunesmith.scoring.scorers import check_scorer_names
 from tunesmith.tools.evaluate.generate import find_source
 from tunesmith.tools.evaluate.score_rows import (
     Progress,
@@ -64,7 +65,6 @@ from tunesmith.tools.evaluate.score_rows import (
     saved_scores,
     summarize_rows,
 )
-from tunesmith.tools.evaluate.scorers import check_scorer_names
 from tunesmith.training.program_rows import mappings
 from tunesmith.units import count_of
 
@@ -428,8 +428,9 @@ def evaluate(
     def score_model(loaded: LoadedModel, model: str) -> EvalResult:
         if scoring is not None:
             scoring.answer(loaded, model, progress)
-        with loaded.training_attention() as train_model:
-            return score(train_model, tokens, pad_id=loaded.pad_id, progress=progress, ranks=ranks)
+        root = loaded.train_model
+        with root.attention_for("training"):
+            return score(root, tokens, pad_id=loaded.pad_id, progress=progress, ranks=ranks)
 
     with scoring or nullcontext():
         tuned = "model" if location.holds == "base" else "tuned"

@@ -24,9 +24,11 @@ from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.logger import lines_by_default
-from tunesmith.inference.decoding import Decoding, answer_all, decode
+from tunesmith.inference.answers import answer_all, decode
+from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel
-from tunesmith.tools.evaluate.scorers import ScoredRow
+from tunesmith.inference.sampler import Prompt
+from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ def generate(
             If `columns` is None and the rows have the columns of one of the run's sources, the
             format and columns of this source are used. Otherwise format and columns are detected as
             in `train`.
-        batch_size: number of rows that are answered at once. Sampled answers depend on it.
+        batch_size: number of rows that are answered at once. In 16-bit dtypes, answers can depend
+            on it, because matmuls of other sizes round differently.
         start: index of the first row to answer. The answers are the same as in a job that started
             at row 0.
         cancelled: function that is called after each token. If it returns True, generation stops,
@@ -98,21 +101,20 @@ def generate(
     prompts = [make_prompt(rows[i], rows.where(i), loaded, source) for i in range(len(rows))]
     check_prompt_lengths(prompts, loaded.context, decoding)
     answers = answer_all(
-        loaded.model,
+        loaded.train_model,
         loaded.tokenizer,
-        [prompt.ids for prompt in prompts],
+        sampler_prompts(loaded, prompts),
         decoding,
         stops=loaded.template.end_ids,
         batch_size=batch_size,
         start=start,
         cancelled=cancelled,
-        pictures=lambda i: loaded.pixels(prompts[i].pictures, prompts[i].where),
     )
 
     # This inner generator lets the checks above run when `generate` is called. In a generator they
     # would run at the first iteration.
     def with_answers() -> Iterator[dict[str, Any]]:
-        for i, answer in answers:
+        for i, (answer,) in answers:
             row = {**rows[i], "output": answer.text}
             scored = prompts[i].scored
             if scored is not None:
@@ -273,7 +275,7 @@ def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
     )
 
 
-class Prompt(NamedTuple):
+class RowPrompt(NamedTuple):
     """Prompt of a row, and the answer in the row.
 
     Attributes:
@@ -289,8 +291,13 @@ class Prompt(NamedTuple):
     pictures: tuple[Picture, ...] = ()
 
 
+def sampler_prompts(loaded: LoadedModel, prompts: Sequence[RowPrompt]) -> list[Prompt]:
+    """Return the prompts of rows in the form that the sampler needs."""
+    return [loaded.prompt(p.ids, p.pictures, p.where, row) for row, p in enumerate(prompts)]
+
+
 def check_prompt_lengths(
-    prompts: Sequence[Prompt], context: int | None, decoding: Decoding
+    prompts: Sequence[RowPrompt], context: int | None, decoding: Decoding
 ) -> None:
     """Raise DataError if a prompt plus the longest answer does not fit into the model's context.
 
@@ -313,7 +320,9 @@ def check_prompt_lengths(
     )
 
 
-def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source: Source) -> Prompt:
+def make_prompt(
+    row: dict[str, object], where: str, loaded: LoadedModel, source: Source
+) -> RowPrompt:
     """Build the prompt of a row, and separate the answer that the row contains.
 
     Raise DataError if the row is invalid.
@@ -350,7 +359,7 @@ def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source:
             bool(tools),
             is_special,
         )
-    return Prompt(prompt_ids, where, scored, pictures)
+    return RowPrompt(prompt_ids, where, scored, pictures)
 
 
 def _is_empty(sample: Sample) -> bool:

@@ -21,7 +21,8 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.signals import StopRequest
-from tunesmith.inference.decoding import Answer, Decoding, answer_all, decode
+from tunesmith.inference.answers import Answer, answer_all, decode
+from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, RunLocation
 from tunesmith.metrics.intervals import (
     Interval,
@@ -32,10 +33,15 @@ from tunesmith.metrics.intervals import (
 )
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
+from tunesmith.scoring.scorers import TOOL_CALL, ScoredRow, scorer_process
+from tunesmith.scoring.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
-from tunesmith.tools.evaluate.generate import Prompt, check_prompt_lengths, make_prompt
-from tunesmith.tools.evaluate.scorers import TOOL_CALL, ScoredRow, scorer_process
-from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
+from tunesmith.tools.evaluate.generate import (
+    RowPrompt,
+    check_prompt_lengths,
+    make_prompt,
+    sampler_prompts,
+)
 from tunesmith.units import count_of
 
 # Callback for progress. The arguments are a label, the number of finished items and the number of
@@ -165,7 +171,7 @@ class Scoring:
         reader = read_call_form(loaded) if TOOL_CALL in scorers else None
         self.scorers = list(dict.fromkeys(scorers))
         self.start_scorers = partial(scorer_process, self.scorers, reader)
-        self.prompts: list[Prompt] = []
+        self.prompts: list[RowPrompt] = []
         self.scored: list[ScoredRow] = []
         self.unanswered = 0
         digest = hashlib.sha256()
@@ -242,9 +248,9 @@ class Scoring:
 
         with StopRequest(interactive=True) as stop:
             new_answers = answer_all(
-                loaded.model,
+                loaded.train_model,
                 loaded.tokenizer,
-                [prompt.ids for prompt in self.prompts],
+                sampler_prompts(loaded, self.prompts),
                 self.header.decoding,
                 stops=loaded.template.end_ids,
                 batch_size=self.header.batch_size,
@@ -252,9 +258,8 @@ class Scoring:
                 cancelled=stop.requested,
                 ranks=self.ranks,
                 answered=count_batch,
-                pictures=lambda i: loaded.pixels(self.prompts[i].pictures, self.prompts[i].where),
             )
-            for i, answer in new_answers:
+            for i, (answer,) in new_answers:
                 raw = decode(loaded.tokenizer, answer.ids, with_special=True)
                 saved = SavedAnswer(
                     model=model,

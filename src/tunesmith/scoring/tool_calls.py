@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunesmith.tools.evaluate.json_fields import equal_fields, parse_strict
+from tunesmith.scoring.json_fields import equal_fields, parse_strict
 
 if TYPE_CHECKING:
     from pydantic import JsonValue

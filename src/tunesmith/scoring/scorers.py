@@ -25,9 +25,9 @@ import regex
 from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, RunError, TunesmithError, UsageError, first_line
 from tunesmith.host.shell import shell_path
-from tunesmith.tools.evaluate import text
-from tunesmith.tools.evaluate.json_fields import equal_fields, parse_strict, schema_validator
-from tunesmith.tools.evaluate.tool_calls import CallReader, call_score
+from tunesmith.scoring import text
+from tunesmith.scoring.json_fields import equal_fields, parse_strict, schema_validator
+from tunesmith.scoring.tool_calls import CallReader, call_score
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ import pytest
 from errors import refuses
 from time_limit import time_limit
 from tunesmith.errors import DataError, RunError, UsageError
-from tunesmith.tools.evaluate import scorers
-from tunesmith.tools.evaluate.scorers import (
+from tunesmith.scoring import scorers
+from tunesmith.scoring.scorers import (
     SCORERS,
     ScoredRow,
     check_scorer_names,
     find_scorer,
     score_answer,
 )
-from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, CallReader, learn_call_form
+from tunesmith.scoring.tool_calls import CALL_PROBE, CallReader, learn_call_form
 
 CASES = [json.loads(line) for line in Path(__file__).with_name("cases.jsonl").open()]
 
