@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from errors import refuses
-from time_limit import time_limit
 from tunesmith.errors import DataError, RunError, UsageError
-from tunesmith.scoring import scorers
 from tunesmith.scoring.scorers import (
     SCORERS,
     ScoredRow,
@@ -126,48 +124,6 @@ def test_what_an_answer_does_is_a_score_and_no_error() -> None:
     for scorer in (*scored, *(find_scorer("tool-call", reader(family)) for family in RENDERINGS)):
         for answer in odd:
             assert 0 <= score_answer(scorer, answer, row("1")) <= 1
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "endless"),
-    [
-        ("regex", "a" * 60 + "b", row(r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$")),
-        ("json", '{"' + "a" * 60 + 'b": 1}', row("{}", row={"schema": {"patternProperties": {"^(a+)+$": {}}}})),
-        ("json", None, row('"' + "a" * 60 + 'b"', row={"schema": {"pattern": "^(a+)+$"}})),
-        ("endless.py:sleeps", "a", row("a")),
-    ],
-)  # fmt: skip
-@pytest.mark.slow
-def test_a_scorer_without_end_is_killed(
-    name: str, answer: str | None, endless: ScoredRow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    Path("endless.py").write_text("import time\ndef sleeps(answer, row): time.sleep(1000)\n")
-    for limit in ("SCORER_SECONDS", "OWN_SCORER_SECONDS"):
-        monkeypatch.setattr(scorers, limit, 0.2)
-    kind = DataError if answer is None else RunError
-    with (
-        time_limit(30),
-        scorers.scorer_process([name], None) as run_scorer,
-        refuses(kind, where="held.jsonl:3", names=[name, "0.2 seconds"]),
-    ):
-        run_scorer(name, answer, endless)
-
-
-def test_a_scorer_in_its_process_scores_as_here(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    own = f"{tmp_path / 'mine.py'}:loud"
-    body = "    print('loud')\n    return answer == row['reference']\n"
-    (tmp_path / "mine.py").write_text(f"def loud(answer, row):\n{body}")
-    called = row('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', calls=1)
-    names = ["exact", own, "tool-call"]
-    with scorers.scorer_process(names, reader("hermes")) as run_scorer:
-        for name in names:
-            run_scorer(name, None, called)
-        assert [run_scorer(name, called.reference, called) for name in names] == [1, 1, 1]
-        assert [run_scorer(name, "", called) for name in names] == [0, 0, 0]
-    assert capfd.readouterr() == ("", "loud\n" * 2), "stdout is for results"
 
 
 OWN = """

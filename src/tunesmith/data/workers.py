@@ -10,6 +10,7 @@ terminal.
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -131,8 +132,9 @@ class Worker(Generic[Task, Result]):
         return answer
 
     def close(self) -> None:
-        """Kill the process, even if it runs a task."""
-        self.process.kill()
+        """Kill the process and the processes that it has started, even if it runs a task."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
 

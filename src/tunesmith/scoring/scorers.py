@@ -1,10 +1,9 @@
-"""Scorers of `eval --score`. A scorer maps an answer and its row to a number from 0 to 1.
+"""Scorers of answers. A scorer maps an answer and its row to a number from 0 to 1.
 
 A scorer has a name, a function that checks a row, and a function that scores an answer. Scorers
 need no torch and no model, so saved answers can be scored again quickly. All rows are checked
 before the first answer is generated, and an invalid reference raises an error. If an answer is
-invalid, its score is 0. Scorers run in a separate process (`scorer_process`), which is killed if a
-row takes too long.
+invalid, its score is 0. Scorers run in other processes, see `process.py`.
 """
 
 import difflib
@@ -12,17 +11,16 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import regex
 
-from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, RunError, TunesmithError, UsageError, first_line
 from tunesmith.host.shell import shell_path
 from tunesmith.scoring import text
@@ -34,10 +32,6 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 SCHEMA = "schema"  # name of the column with the JSON schema of a row
-# Time limits for one row, in seconds. The user's own scorers have more time, because they may call
-# services or run code.
-SCORER_SECONDS = 10
-OWN_SCORER_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
             why=f"{_reason(error)} ({Path(frame.filename).name}:{frame.lineno})",
             fix="fix the scorer, then run the same command again; the answers are kept",
         ) from error
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or not 0 <= value <= 1:
         raise RunError(
             f"the scorer {scorer.name} did not return a number from 0 to 1",
             where=row.where,
@@ -138,72 +132,6 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-# Keep the scorers in the scorer process, because loading a file of the user may take seconds.
-_cached_scorer = cache(find_scorer)
-
-
-def _run_scorer(
-    call_reader: CallReader | None, call: tuple[str, str | None, ScoredRow | None]
-) -> float:
-    """Return the score of an answer. This function runs in the scorer process.
-
-    Args:
-        call: name of the scorer, answer and row. If the row is None, the scorer is only loaded. If
-            the answer is None, the scorer only checks the row. The result is then 0.
-    """
-    name, answer, row = call
-    scorer = _cached_scorer(name, call_reader)
-    if row is None:
-        return 0.0
-    if answer is None:
-        scorer.check(row)
-        return 0.0
-    return score_answer(scorer, answer, row)
-
-
-@contextmanager
-def scorer_process(
-    names: Sequence[str], call_reader: CallReader | None
-) -> Iterator[Callable[[str, str | None, ScoredRow], float]]:
-    """Start a process that runs the scorers. The process is killed if a row takes too long.
-
-    Yields:
-        A function of (name of the scorer, answer, row) that returns the score. If the answer is
-        None, the function only checks the row.
-
-    Raises:
-        UsageError: as `find_scorer`.
-    """
-    worker = Worker(partial(_run_scorer, call_reader), "the scorers' process")
-
-    def run(name: str, answer: str | None, row: ScoredRow) -> float:
-        is_own = name not in SCORERS
-        seconds = OWN_SCORER_SECONDS if is_own else SCORER_SECONDS
-        try:
-            return worker((name, answer, row), row.where, seconds)
-        except TimeoutError:
-            why = "a regular expression such as (a+)+$ can need exponential time on this text"
-            fix = "remove nested repeats from the pattern or schema of the row"
-            if is_own:
-                why = "the scorer may be in an endless loop, or may wait for something"
-                fix = f"fix the scorer: one row may take at most {seconds} seconds"
-            error = DataError if answer is None else RunError
-            raise error(
-                f"the scorer {name} takes longer than {seconds:g} seconds",
-                where=row.where,
-                why=why,
-                fix=f"{fix}, then run the same command again; existing answers are kept",
-            ) from None
-
-    try:
-        # Load the scorers without a time limit, because the user's files may import large packages.
-        for name in names:
-            worker((name, None, None), "--score")
-        yield run
-    finally:
-        worker.close()
 
 
 def _check_not_blank(row: ScoredRow) -> None:

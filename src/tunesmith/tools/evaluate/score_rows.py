@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,8 @@ from tunesmith.metrics.intervals import (
 )
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
-from tunesmith.scoring.scorers import TOOL_CALL, ScoredRow, scorer_process
+from tunesmith.scoring.process import ScorerProcess
+from tunesmith.scoring.scorers import TOOL_CALL, ScoredRow
 from tunesmith.scoring.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import (
@@ -170,7 +170,7 @@ class Scoring:
         # answers are generated.
         reader = read_call_form(loaded) if TOOL_CALL in scorers else None
         self.scorers = list(dict.fromkeys(scorers))
-        self.start_scorers = partial(scorer_process, self.scorers, reader)
+        self.process = ScorerProcess(self.scorers, reader)
         self.prompts: list[RowPrompt] = []
         self.scored: list[ScoredRow] = []
         self.unanswered = 0
@@ -188,12 +188,11 @@ class Scoring:
         if not self.prompts:
             raise no_scored_rows(name, "every answer is empty")
         check_prompt_lengths(self.prompts, loaded.context, decoding)
-        # Check every row with every scorer before answers are generated. The answer None means that
-        # only the row is checked.
-        with self.start_scorers() as run_scorer:
+        # Check every row with every scorer before answers are generated.
+        with self.process as process:
             for row in self.scored:
                 for scorer in self.scorers:
-                    run_scorer(scorer, None, row)
+                    process.check(scorer, row)
         references = [row.raw_reference for row in self.scored]
         self.reference_hash = hashlib.sha256(json.dumps(references).encode()).hexdigest()
         self.ranks = ranks
@@ -300,8 +299,8 @@ class Scoring:
         results: list[RowScores] = []
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
-                with self.start_scorers() as run_scorer:
-                    results += [self._scores(name, run_scorer) for name in self.scorers]
+                with self.process:
+                    results += [self._scores(name) for name in self.scorers]
                 row_hash = hashlib.sha256(f"{self.header.prompts} {self.reference_hash}".encode())
                 save_scores(
                     self.path,
@@ -316,9 +315,7 @@ class Scoring:
                 )
         return self.ranks.broadcast_object(results)
 
-    def _scores(
-        self, name: str, run_scorer: Callable[[str, str | None, ScoredRow], float]
-    ) -> RowScores:
+    def _scores(self, name: str) -> RowScores:
         """Score the answers of all models with one scorer. Raise RunError if the scorer fails."""
         scores: dict[str, list[float]] = {}
         for model in ("base", "tuned", "model"):
@@ -333,7 +330,7 @@ class Scoring:
                 # Tool calls and some references contain special tokens.
                 if answer.raw is not None and (name == TOOL_CALL or row.is_special):
                     text = answer.raw
-                scores[model].append(run_scorer(name, text, row))
+                scores[model].append(self.process.score(name, text, row))
         return summarize_rows(name, scores)
 
 

@@ -1,0 +1,130 @@
+"""Whatever a scorer does, its row is named, and the other answers are scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import holds, refuses
+from logged import logged_lines
+from time_limit import time_limit
+from tunesmith.errors import DataError, RunError
+from tunesmith.scoring import process
+from tunesmith.scoring.process import ScorerPool, ScorerProcess
+from tunesmith.scoring.scorers import ScoredRow
+
+
+def row(reference: str = "a", where: str = "held.jsonl:3", **more: Any) -> ScoredRow:
+    return ScoredRow(reference, reference, **{"row": {}, "where": where, **more})
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "endless"),
+    [
+        ("regex", "a" * 60 + "b", row(r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$")),
+        ("json", '{"' + "a" * 60 + 'b": 1}', row("{}", row={"schema": {"patternProperties": {"^(a+)+$": {}}}})),
+        ("json", None, row('"' + "a" * 60 + 'b"', row={"schema": {"pattern": "^(a+)+$"}})),
+    ],
+)  # fmt: skip
+@pytest.mark.slow
+def test_a_scorer_without_end_is_killed(
+    name: str, answer: str | None, endless: ScoredRow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SCORER_SECONDS", 0.2)
+    error = DataError if answer is None else RunError
+    with (
+        time_limit(30),
+        ScorerProcess([name]) as scorers,
+        refuses(error, where="held.jsonl:3", names=[name, "0.2 seconds"]),
+    ):
+        if answer is None:
+            scorers.check(name, endless)
+        else:
+            scorers.score(name, answer, endless)
+
+
+OWN = """
+import os, subprocess, sys, time
+
+VALUES = {"string": "1", "none": None, "nan": float("nan"), "list": [1.0], "two": 2}
+
+def do(answer, row):
+    action = row.get("action", "")
+    if action not in VALUES:
+        exec(action)
+    return VALUES.get(action, 1.0)
+"""
+ACTIONS = {
+    "time.sleep(1000)": "0.5 seconds",
+    "while True: pass": "0.5 seconds",
+    "os._exit(0)": "ended its process",
+    "os.kill(os.getpid(), 9)": "ended its process",
+    "os.close(1); os.close(2); os._exit(3)": "ended its process",
+    "sys.exit(3)": "SystemExit",
+    "raise KeyboardInterrupt": "",
+    "raise MemoryError": "MemoryError",
+    "do(answer, row)": "RecursionError",
+    "1 / 0": "ZeroDivisionError",
+    "os.ftruncate(os.open('big', os.O_CREAT | os.O_RDWR), 1 << 40)": "File too large",
+    "while True: os.write(1, b'x' * 65536)": "File too large",
+    "subprocess.run(['sleep', '1000'])": "0.5 seconds",
+    "if os.fork(): time.sleep(1000)": "0.5 seconds",
+    "string": "'1'", "none": "None", "nan": "nan", "list": "[1.0]", "two": "2",
+}  # fmt: skip
+HARMLESS = ("os.fork()", "print('loud' * 10_000)", "os.fork() or time.sleep(1000)", "row.clear()")
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process, "MAX_FAULTS", 100)
+    Path("mine.py").write_text(OWN)
+    return "mine.py:do"
+
+
+@pytest.mark.slow
+def test_what_a_scorer_does_is_named_and_the_next_answers_are_scored(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(Path.cwd()))
+    rows = []
+    for number, action in enumerate((*ACTIONS, *HARMLESS)):
+        rows.append(("a", row(where=f"rows:{2 * number + 1}", row={"action": action})))
+        rows.append(("a", row(where=f"rows:{2 * number + 2}")))
+    with (
+        time_limit(120),
+        logged_lines() as lines,
+        ScorerPool([own], own_seconds=0.5, count=2) as pool,
+    ):
+        scores = pool.scores(own, rows)
+    harmless = [1.0] * (2 * len(HARMLESS))
+    assert scores == [None, 1.0] * len(ACTIONS) + harmless
+    assert len(lines) == len(ACTIONS)
+    for number, (line, why) in enumerate(zip(lines, ACTIONS.values(), strict=True)):
+        assert holds(line, f"rows:{2 * number + 1}", own)
+        assert why in line
+
+
+def test_several_faults_end_the_scoring(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "MAX_FAULTS", 2)
+    answers = [("a", row(where=f"rows:{n}", row={"action": "1 / 0"})) for n in range(9)]
+    with ScorerPool([own]) as pool:
+        with logged_lines() as lines:
+            assert pool.scores(own, answers[:2]) == [None, None]
+        assert len(lines) == 2
+        with refuses(RunError, where="rows:2"):
+            pool.scores(own, answers)
+
+
+def test_printed_text_goes_to_stderr(own: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with ScorerProcess([own, "exact"]) as scorers:
+        scorers.check(own, row())
+        loud = row(row={"action": "print('loud')"})
+        assert [scorers.score(name, "a", loud) for name in (own, "exact")] == [1.0, 1.0]
+        scorers.score(own, "a", row(row={"action": "print('x' * 100_000)"}))
+    out, err = capfd.readouterr()
+    assert out == "", "stdout is for results"
+    assert err.startswith("loud\n")
+    assert len(err) < 5000
