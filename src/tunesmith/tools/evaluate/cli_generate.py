@@ -6,18 +6,25 @@ example:
     --output answers.jsonl --resume
   echo '{"prompt": "Say hello"}' |
     tunesmith generate runs/my-run --input - --output -
+  tunesmith generate runs/my-run --input train.jsonl --output kept.jsonl \\
+    --samples 8 --temperature 1 --score exact --keep "score >= 1"
 
 Each output row is the input row with the key `output` added, and the key
 `reference` if the row had an answer. Rows are written in input order as soon as
 they are ready. After ctrl-C, --resume continues.
+
+--samples N writes N rows for each row. --score adds the key `score`, by a scorer
+of `tunesmith eval`. --keep writes only the answers with such a score. They
+replace the answer in the row, so that the output can be trained on.
 """
 
 import argparse
 import json
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
@@ -27,8 +34,12 @@ from tunesmith.errors import DataError, StoppedError, UsageError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
 from tunesmith.inference.load_run import add_vision_if_needed, load_run, locate_run
+from tunesmith.scoring.scorers import TOOL_CALL, check_scorer_names
 from tunesmith.tools.evaluate.resumed_file import ResumedFile, write_error
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from tunesmith.tools.evaluate.kept_answers import Condition
 
 LOADS_TORCH = "here"
 
@@ -49,6 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_rows(parser)
     options.add_decoding(parser, max_new_tokens=256)
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="answers to each row (default: 1)"
+    )
+    parser.add_argument(
+        "--score",
+        metavar="SCORER",
+        help="score the answers with a scorer of `eval --score`, or your file.py:function",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="CONDITION",
+        help='with --score: keep only these answers, as rows for training; such as "score >= 1"',
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
@@ -59,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    condition = _check_options(args)
     location = locate_run(args.run, base_only=args.base, trust_remote_code=args.trust_remote_code)
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
@@ -74,21 +99,27 @@ def run(args: argparse.Namespace) -> None:
         options.notify(f"all answers are already in {output} ({count_of(len(rows), 'row')})")
         return
     from tunesmith.tools.evaluate.decoding_options import read_decoding
-    from tunesmith.tools.evaluate.generate import generate
+    from tunesmith.tools.evaluate.generate import answer_rows, find_source, make_prompts
+    from tunesmith.tools.evaluate.kept_answers import KeptAnswers
 
     decoding = read_decoding(args)
+    source = find_source(rows, location.sources, args.format_name, dict(args.columns) or None)
+    kept = KeptAnswers(args.score, condition, rows, source) if args.score else None
     location = add_vision_if_needed(location, sample_rows(rows)[0].values())
     stop = StopRequest(interactive=True)
     # Open the output before the model is loaded, so that the user gets the error for an unwritable
     # output early.
-    with sink:
+    with sink, kept or nullcontext():
         loaded = load_run(location, device=args.device)
-        answers = generate(
+        prompts = make_prompts(loaded, rows, source)
+        if kept is not None:
+            kept.check(prompts)
+        answers = answer_rows(
             loaded,
             rows,
+            prompts,
             decoding,
-            format_name=args.format_name,
-            columns=dict(args.columns) or None,
+            samples=args.samples,
             batch_size=args.batch_size,
             start=answer_count,
             cancelled=stop.requested,
@@ -99,9 +130,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"{rows_left}, {decoding.describe()}", file=sys.stderr)
         with stop, options.ProgressCounter() as progress:
             progress("answers", answer_count, len(rows))
-            for row in answers:
+            for answered in answers:
                 held = f"{answer_count} of {count_of(len(rows), 'row')}"
-                sink.write(row, why=f"the output holds answers to {held}")
+                written = answered.with_output() if kept is None else kept.select(answered)
+                for row in written:
+                    sink.write(row, why=f"the output holds answers to {held}")
                 answer_count += 1
                 progress("answers", answer_count, len(rows))
     if answer_count < len(rows):
@@ -113,6 +146,44 @@ def run(args: argparse.Namespace) -> None:
             f"the command was stopped: {output or 'standard output'} has the answers for "
             f"{answer_count} of {count_of(len(rows), 'row')}{resume_hint}"
         )
+    if kept is not None and condition is not None:
+        options.notify(kept.summary())
+
+
+def _check_options(args: argparse.Namespace) -> "Condition | None":
+    """Return the condition of `--keep`. Raise UsageError if the options do not fit together."""
+    if args.samples < 1:
+        raise UsageError(
+            f"there cannot be {args.samples} answers to a row",
+            where="--samples",
+            fix="give at least 1",
+        )
+    if args.samples > 1 and args.temperature == 0:
+        raise UsageError(
+            f"the {args.samples} answers to a row would be equal",
+            where="--samples",
+            why="without --temperature, the most likely token is always picked",
+            fix="add --temperature 1",
+        )
+    if args.score is not None:
+        check_scorer_names(args.score)
+        if args.score == TOOL_CALL:
+            raise UsageError(
+                "tool calls are scored only by `tunesmith eval`",
+                where="--score",
+                fix="write your own scorer: --score my_scorer.py:function",
+            )
+    if args.keep is None:
+        return None
+    if args.score is None:
+        raise UsageError(
+            "--keep needs the scores of the answers",
+            where="--keep",
+            fix="add a scorer, such as --score exact",
+        )
+    from tunesmith.tools.evaluate.kept_answers import read_condition
+
+    return read_condition(args.keep)
 
 
 def _is_stream(output: Path) -> bool:
@@ -218,19 +289,56 @@ def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> i
             where="--output",
             fix="add --resume to continue the file or --force to overwrite it, or use another file",
         )
+    if args.keep is not None:
+        return _last_kept_row(file, rows)
     # The lines of the output must be answers to the first rows of the input, in the same order.
     matching = 0
-    end = min(len(file.lines), len(rows))
-    while matching < end and _is_answer_to(file.lines[matching], rows[matching]):
+    samples = args.samples
+    end = min(len(file.lines), len(rows) * samples)
+    while matching < end and _is_answer_to(file.lines[matching], rows[matching // samples]):
         matching += 1
-    is_torn = matching < len(rows) and _begins_answer_to(file.torn, rows[matching])
+    is_torn = matching < len(rows) * samples and _begins_answer_to(
+        file.torn, rows[matching // samples]
+    )
     if matching < len(file.lines) or (file.torn and not is_torn):
         raise UsageError(
             "a line of the output does not answer the input row with the same number",
             where=f"{args.output}:{matching + 1}",
             fix="give the input that the output was made from, or use --force instead of --resume",
         )
-    return matching
+    # If some answers to the last row are missing, all its answers are generated again.
+    file.lines = file.lines[: matching // samples * samples]
+    return matching // samples
+
+
+def _last_kept_row(file: ResumedFile, rows: Rows) -> int:
+    """Return the index of the last row with a kept answer, and drop the lines of this row, because
+    its other answers may be missing.
+
+    Raise UsageError if a line does not come from the rows.
+    """
+    from tunesmith.tools.evaluate.kept_answers import short_place
+
+    numbers = {short_place(rows.where(i)): i for i in range(len(rows))}
+    last = 0
+    first_line = 0  # index of the first line of the row `last`
+    for i, line in enumerate(file.lines):
+        try:
+            number = numbers.get(json.loads(line)["where"], -1)
+        except (ValueError, TypeError, KeyError):
+            number = -1
+        if number < last:
+            raise UsageError(
+                "a line of the output does not come from a row of the input",
+                where=f"{file.path}:{i + 1}",
+                fix="give the input that the output was made from, or use --force instead of "
+                "--resume",
+            )
+        if number > last:
+            last = number
+            first_line = i
+    file.lines = file.lines[:first_line]
+    return last
 
 
 def _is_answer_to(line: bytes, row: dict[str, object]) -> bool:
@@ -243,8 +351,8 @@ def _is_answer_to(line: bytes, row: dict[str, object]) -> bool:
     # Convert the row to JSON and back, so that it can be compared with the record in the file. For
     # example, JSON stores a date as text.
     fields = json.loads(json.dumps(row, default=str))
-    fields.pop("output", None)
-    fields.pop("reference", None)
+    for name in ("output", "reference", "score"):
+        fields.pop(name, None)
     return bool(fields.items() <= record.items())
 
 

@@ -54,6 +54,7 @@ def generate(
     *,
     format_name: str = "auto",
     columns: Mapping[str, str] | None = None,
+    samples: int = 1,
     batch_size: int = 16,
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
@@ -70,6 +71,7 @@ def generate(
             If `columns` is None and the rows have the columns of one of the run's sources, the
             format and columns of this source are used. Otherwise format and columns are detected as
             in `train`.
+        samples: number of answers to each row. More than one needs a temperature.
         batch_size: number of rows that are answered at once. In 16-bit dtypes, answers can depend
             on it, because matmuls of other sizes round differently.
         start: index of the first row to answer. The answers are the same as in a job that started
@@ -78,11 +80,11 @@ def generate(
             and the iterator ends after the rows whose answers are complete.
 
     Returns:
-        An iterator over the rows from `start` on. Each row has the key `output` added, and the key
-        `reference` if it contained an answer.
+        An iterator over the rows from `start` on, with `samples` copies of each row. Each copy has
+        the key `output` added, and the key `reference` if the row contained an answer.
 
     Raises:
-        UsageError: `loaded` is not a loaded model.
+        UsageError: `loaded` is not a loaded model, or several answers would be equal.
         DataError: a row is invalid, or a prompt is too long for the model's context. This error is
             raised by the call of `generate`, not during the iteration.
     """
@@ -93,12 +95,89 @@ def generate(
             fix='load the model: loaded = tunesmith.load_run("runs/my-run"); '
             "generate(loaded, rows)",
         )
-    decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     if not len(rows):
         return iter(())
     source = find_source(rows, loaded.location.sources, format_name, columns)
-    prompts = [make_prompt(rows[i], rows.where(i), loaded, source) for i in range(len(rows))]
+    answered = answer_rows(
+        loaded,
+        rows,
+        make_prompts(loaded, rows, source),
+        decoding or Decoding(),
+        samples=samples,
+        batch_size=batch_size,
+        start=start,
+        cancelled=cancelled,
+    )
+    return (row for rows_of_prompt in answered for row in rows_of_prompt.with_output())
+
+
+class RowPrompt(NamedTuple):
+    """Prompt of a row, and the answer in the row.
+
+    Attributes:
+        ids: token ids up to the start of the answer, including the run's system message.
+        where: file and line of the row.
+        scored: the row and its answer, for scorers; None if the answer is missing or empty.
+        pictures: the pictures of the prompt.
+    """
+
+    ids: list[int]
+    where: str
+    scored: ScoredRow | None = None
+    pictures: tuple[Picture, ...] = ()
+
+
+class AnsweredRow(NamedTuple):
+    """A row and the model's answers to it.
+
+    Attributes:
+        number: index of the row.
+        row: the row as it is in the file.
+        scored: the row and its answer, for scorers; None if the row has no answer.
+        outputs: the texts of the model's answers.
+        finished: whether each answer ended with a stop token.
+    """
+
+    number: int
+    row: dict[str, Any]
+    scored: ScoredRow | None
+    outputs: list[str]
+    finished: list[bool]
+
+    def with_output(self) -> Iterator[dict[str, Any]]:
+        """Yield a copy of the row for each answer, with the keys `output` and `reference`."""
+        reference = {} if self.scored is None else {"reference": self.scored.reference}
+        for output in self.outputs:
+            yield {**self.row, "output": output, **reference}
+
+
+def answer_rows(
+    loaded: LoadedModel,
+    rows: Rows,
+    prompts: Sequence[RowPrompt],
+    decoding: Decoding,
+    *,
+    samples: int = 1,
+    batch_size: int = 16,
+    start: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[AnsweredRow]:
+    """Check the prompts, then return an iterator that answers the rows.
+
+    Args:
+        prompts: the prompts of the rows, from `make_prompts`.
+        decoding, samples, batch_size, start, cancelled: as for `generate`.
+
+    Raise UsageError and DataError as `generate`.
+    """
+    if samples > 1 and decoding.temperature == 0:
+        raise UsageError(
+            f"the {samples} answers to a row would be equal",
+            where="temperature",
+            why="temperature 0 always picks the most likely token",
+            fix="set a temperature, such as 1.0",
+        )
     check_prompt_lengths(prompts, loaded.context, decoding)
     answers = answer_all(
         loaded.train_model,
@@ -106,24 +185,23 @@ def generate(
         sampler_prompts(loaded, prompts),
         decoding,
         stops=loaded.template.end_ids,
+        answers=samples,
         batch_size=batch_size,
         start=start,
         cancelled=cancelled,
     )
 
-    # This inner generator lets the checks above run when `generate` is called. In a generator they
-    # would run at the first iteration.
-    def with_answers() -> Iterator[dict[str, Any]]:
-        for i, (answer,) in answers:
-            row = {**rows[i], "output": answer.text}
+    # This inner generator lets the checks above run when the function is called. In a generator
+    # they would run at the first iteration.
+    def answered() -> Iterator[AnsweredRow]:
+        for i, group in answers:
             scored = prompts[i].scored
-            if scored is not None:
-                row["reference"] = scored.reference
-                if scored.is_special:
-                    row["output"] = decode(loaded.tokenizer, answer.ids, with_special=True)
-            yield row
+            outputs = [answer.text for answer in group]
+            if scored is not None and scored.is_special:
+                outputs = [decode(loaded.tokenizer, a.ids, with_special=True) for a in group]
+            yield AnsweredRow(i, rows[i], scored, outputs, [answer.finished for answer in group])
 
-    return with_answers()
+    return answered()
 
 
 def find_source(
@@ -275,20 +353,9 @@ def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
     )
 
 
-class RowPrompt(NamedTuple):
-    """Prompt of a row, and the answer in the row.
-
-    Attributes:
-        ids: token ids up to the start of the answer, including the run's system message.
-        where: file and line of the row.
-        scored: the row and its answer, for scorers; None if the answer is missing or empty.
-        pictures: the pictures of the prompt.
-    """
-
-    ids: list[int]
-    where: str
-    scored: ScoredRow | None = None
-    pictures: tuple[Picture, ...] = ()
+def make_prompts(loaded: LoadedModel, rows: Rows, source: Source) -> list[RowPrompt]:
+    """Build the prompts of all rows. Raise DataError if a row is invalid."""
+    return [make_prompt(rows[i], rows.where(i), loaded, source) for i in range(len(rows))]
 
 
 def sampler_prompts(loaded: LoadedModel, prompts: Sequence[RowPrompt]) -> list[Prompt]:
@@ -367,6 +434,21 @@ def _is_empty(sample: Sample) -> bool:
     if isinstance(sample, Conversation):
         return not is_said(sample.messages[-1])
     return isinstance(sample, Completion) and not sample.completion.strip()
+
+
+def row_with_answer(
+    row: dict[str, object], source: Source, where: str, answer: str
+) -> dict[str, object]:
+    """Return a row for SFT: a copy of the row in which `answer` replaces the answer."""
+    form = ROW_FORMATS[source.format]
+    column = source.columns.get(form.answer, form.answer)
+    complete, _ = _with_answer(row, source, where)
+    value = RowReader(complete, source, where).text_or_messages(complete[column], column)
+    if not isinstance(value, list):
+        return {**row, column: answer}
+    role, text = ("from", "value") if source.format == "sharegpt" else ("role", "content")
+    last = {role: value[-1][role], text: answer}
+    return {**row, column: [*value[:-1], last]}
 
 
 def _with_answer(

@@ -1,0 +1,143 @@
+"""Rejection sampling: the answers of a model that a scorer accepts become rows for SFT.
+
+Sources: Zelikman et al. 2022, arXiv:2203.14465 (STaR); Yuan et al. 2023, arXiv:2308.01825 (RFT).
+"""
+
+import operator
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from tunesmith.config.schema import Source
+from tunesmith.data.source.open_source import Rows
+from tunesmith.errors import DataError, UsageError
+from tunesmith.scoring.process import ScorerPool, ScorerProcess
+from tunesmith.scoring.scorers import SCORERS, ScoredRow
+from tunesmith.tools.evaluate.generate import AnsweredRow, RowPrompt, row_with_answer
+from tunesmith.units import count_of
+
+_CONDITION = re.compile(r"\s*score\s*(>=|>|==)\s*([0-9.]+)\s*")
+_OPERATORS = {">=": operator.ge, ">": operator.gt, "==": operator.eq}
+# Formats whose rows have one answer, which a sampled answer can replace.
+_FORMATS = ("prompt-completion", "alpaca", "messages", "sharegpt")
+
+
+class Condition(NamedTuple):
+    """The condition of `--keep`, such as `score >= 1`."""
+
+    comparison: str
+    limit: float
+
+    def accepts(self, score: float) -> bool:
+        return bool(_OPERATORS[self.comparison](score, self.limit))
+
+
+def read_condition(text: str) -> Condition:
+    """Parse the condition of `--keep`. Raise UsageError if it has another form."""
+    match = _CONDITION.fullmatch(text)
+    try:
+        if match:
+            return Condition(match[1], float(match[2]))
+    except ValueError:  # a number such as 1.2.3
+        pass
+    raise UsageError(
+        f"the condition {text!r} cannot be read",
+        where="--keep",
+        why="a condition compares the score with a number, by >=, > or ==",
+        fix='use for example --keep "score >= 1"',
+    )
+
+
+class KeptAnswers:
+    """Selection of answers by their scores. Use it in a `with` statement.
+
+    Args:
+        scorer: name of the scorer.
+        condition: the condition of `--keep`; None: all answers are written, with their scores.
+        source: format and columns of the rows.
+
+    Attributes:
+        sampled, finished, kept: the numbers of answers so far. Answers that were cut off at
+            --max-new-tokens are not finished, and are not kept.
+
+    Raise UsageError if the scorer cannot be used, or if rows of this format have no single answer.
+    """
+
+    def __init__(self, scorer: str, condition: Condition | None, rows: Rows, source: Source):
+        if condition is not None and source.format not in _FORMATS:
+            raise UsageError(
+                f"answers to rows of the format {source.format} cannot be kept as rows for SFT",
+                where="--keep",
+                why=f"only rows of the formats {', '.join(_FORMATS)} have one answer",
+                fix="convert the rows to prompt and completion",
+            )
+        self.scorer = scorer
+        self.condition = condition
+        self.rows = rows
+        self.source = source
+        self.sampled = 0
+        self.finished = 0
+        self.kept = 0
+        self.pool = ScorerPool([scorer], count=min(4, os.cpu_count() or 1))
+
+    def __enter__(self) -> "KeptAnswers":
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.__exit__(*error)
+
+    def check(self, prompts: Sequence[RowPrompt]) -> None:
+        """Raise DataError if the scorer cannot score a row."""
+        with ScorerProcess([self.scorer]) as process:
+            for prompt in prompts:
+                if prompt.scored is not None:
+                    process.check(self.scorer, prompt.scored)
+                elif self.scorer in SCORERS:
+                    raise DataError(
+                        f"the scorer {self.scorer} cannot score the row",
+                        where=prompt.where,
+                        why="the row has no answer to compare with",
+                        fix="add the answers to the rows, or use your own scorer: "
+                        "--score my_scorer.py:function",
+                    )
+
+    def select(self, answered: AnsweredRow) -> Iterator[dict[str, Any]]:
+        """Yield the rows to write for the answers to one row. Equal answers are kept once.
+
+        Raise RunError if the scorer fails for several answers.
+        """
+        where = self.rows.where(answered.number)
+        scored = answered.scored or ScoredRow("", "", answered.row, where)
+        scores = self.pool.scores(self.scorer, [(text, scored) for text in answered.outputs])
+        self.sampled += len(scores)
+        self.finished += sum(answered.finished)
+        seen = set()
+        for row, score, is_finished in zip(
+            answered.with_output(), scores, answered.finished, strict=True
+        ):
+            if self.condition is None:
+                yield {**row, "score": score}
+                continue
+            text = row.pop("output")
+            is_accepted = score is not None and self.condition.accepts(score)
+            if not is_finished or not is_accepted or text in seen:
+                continue
+            seen.add(text)
+            self.kept += 1
+            kept = row_with_answer(answered.row, self.source, where, text)
+            yield {**row, **kept, "score": score, "where": short_place(where)}
+
+    def summary(self) -> str:
+        """Return the line that the command prints at its end."""
+        text = f"kept {self.kept:,} of {count_of(self.sampled, 'answer')}"
+        cut = self.sampled - self.finished
+        if cut:
+            text += f"; {cut:,} were cut off at --max-new-tokens and are not kept"
+        return text
+
+
+def short_place(where: str) -> str:
+    """Return the place of a row with the name of its file, but without the folder."""
+    return where.rpartition("/")[2]
