@@ -23,8 +23,10 @@ from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.text.template import Template
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE
-from tunesmith.inference.decoding import Decoding, answer_batch
+from tunesmith.inference.answers import answer_batch
+from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import load_run
+from tunesmith.inference.sampler import Prompt
 from tunesmith.tools.evaluate.chat import Chat
 from warm import Warm, take_terminal
 
@@ -120,9 +122,10 @@ Talk = Callable[..., Output]
 def test_chat_without_a_terminal_answers_line_by_line(run: Path, chat: Talk) -> None:
     """The answers are those of `generate` on the same conversation; no prompt signs on stdout."""
     opened = load_run(run, device="cpu")
-    prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
-    stops = opened.template.end_ids
-    (answer,) = answer_batch(opened.model, opened.tokenizer, [prompt], Decoding(6), stops=stops)
+    ids = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
+    options = {"stops": opened.template.end_ids}
+    prompts = [Prompt(list(ids))]
+    (answer,) = answer_batch(opened.train_model, opened.tokenizer, prompts, Decoding(6), **options)
     done = chat("hello\n/quit\nnot asked\n", run)
     assert (done.code, done.out) == (EXIT_OK, answer.text + "\n")
 

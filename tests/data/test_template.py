@@ -39,7 +39,7 @@ from tunesmith.data.rows.samples import Conversation, Sample
 from tunesmith.data.text.example import Example
 from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError
-from tunesmith.inference.decoding import cut_answer
+from tunesmith.inference.answers import cut_answer
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")

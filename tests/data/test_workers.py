@@ -53,7 +53,7 @@ class ForkedWorker:
         self.stdin = os.fdopen(to_worker, "wb")
         self.stdout = os.fdopen(from_worker, "rb")
         self.poll, self.wait = self._process.poll, self._process.wait
-        self.kill = self._process.kill
+        self.kill, self.pid = self._process.kill, self._process.pid
 
     def communicate(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -108,7 +108,7 @@ def use(model: TrainModel, config: MethodConfig) -> None:
 
 
 def plain_logprobs(model: TrainModel, example: Example) -> list[tuple[Tensor, int]]:
-    model.use_inference_attention()  # sdpa: eager attention rounds its softmax to fp32
+    model.use_attention("generate")  # sdpa: eager attention rounds its softmax to fp32
     answers = []
     start = 0
     for n in example.sequences or (len(example.ids),):
@@ -118,7 +118,7 @@ def plain_logprobs(model: TrainModel, example: Example) -> list[tuple[Tensor, in
         of_answer = logprobs.gather(1, ids[1:, None])[:, 0][trained]
         answers.append((of_answer.sum(), len(of_answer)))
         start += n
-    model.use_training_attention()
+    model.use_attention("training")
     return answers
 
 

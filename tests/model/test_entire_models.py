@@ -95,7 +95,7 @@ def test_transformers_and_peft_open_what_is_trained(model_type: str, tmp_path: P
 
     run = make_run(base, tmp_path)
     model = built_model(run, base).eval()
-    model.use_inference_attention()
+    model.use_attention("generate")
     assert (type(model.model) is type(entire(base))) != TYPES[model_type]
     assert difference(logits(model.model), expected) <= TOLERANCE
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_transformers_and_peft_open_what_is_trained(model_type: str, tmp_path: P
 
     run = make_run(base, tmp_path, adapter={"kind": "none"})
     model = built_model(run, base).eval()
-    model.use_inference_attention()
+    model.use_attention("generate")
     with torch.no_grad():
         for parameter in model.model.parameters():
             parameter.add_(0.01)

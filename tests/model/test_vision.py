@@ -108,7 +108,7 @@ def whole(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def hidden_of(model: TrainModel, batch: Batch) -> Tensor:
-    model.use_training_attention()
+    model.use_attention("training")
     return model.head(model.hidden(batch))
 
 

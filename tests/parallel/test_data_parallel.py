@@ -22,9 +22,8 @@ from recipes import make_run, merge, recipe
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_qwen3_moe
 from tunesmith.formats.fp8 import select_scaling
 from tunesmith.formats.scaled_matmul import TENSOR_WISE
-from tunesmith.inference import decoding
 from tunesmith.parallel import copies, mesh
-from tunesmith.training import session
+from tunesmith.training import answer_sampler, session
 from tunesmith.training.run import train
 from untied import write_untied
 
@@ -48,7 +47,7 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
         mock.patch.object(session, "LOSS_PROBE_TOKENS", 256),
         mock.patch.object(copies, "MIN_OVERLAPPED_ELEMENTS", LARGE),
         mock.patch.object(mesh, "BUCKET_ELEMENTS", LARGE),
-        mock.patch.object(decoding, "SAMPLE_TOKENS", ANSWER),
+        mock.patch.object(answer_sampler, "SAMPLE_TOKENS", ANSWER),
     ):
         result = train(make_run(model, folder, **merge(base, changes)), quiet=True)
     return [(r.loss, r.grad_norm, r.val_loss or 0.0, *r.extra.values()) for r in result.records]

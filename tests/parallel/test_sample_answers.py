@@ -12,10 +12,14 @@ import pytest
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith.distributed import ranks as ranks_module
-from tunesmith.inference.decoding import SAMPLE_TOKENS, AnswerClock, sample_answers
 from tunesmith.parallel import mesh
 from tunesmith.stages.request import Request
-from tunesmith.training.answer_sampler import AnswerSampler
+from tunesmith.training.answer_sampler import (
+    SAMPLE_TOKENS,
+    AnswerClock,
+    AnswerSampler,
+    sample_answers,
+)
 from tunesmith.training.build import build
 from tunesmith.training.run import train
 

@@ -89,7 +89,7 @@ def plain_losses(model: TrainModel, of: list[Example]) -> dict[tuple[int, ...], 
             logits = model.model(tokens.unsqueeze(0)).logits[0, :-1]
         losses = F.cross_entropy(logits, tokens[1:], reduction="none")
         found[tuple(tokens.tolist())] = losses[example.trained[1:]]
-    model.use_training_attention()
+    model.use_attention("training")
     return found
 
 

@@ -190,3 +190,13 @@ def test_a_scorer_that_is_none_is_refused(
     if looked_at_first:
         with pytest.raises(UsageError):
             check_scorer_names([name])
+
+
+def test_the_last_number_of_an_answer_is_rewarded() -> None:
+    scorer = find_scorer(f"{Path(__file__).parents[2] / 'recipes' / 'rewards.py'}:last_number")
+    reference = row("She has 3 * 4 = <<3*4=12>>12 and 1,200 more.\n#### 1,212")
+    for answer, score in (
+        ("1212", 1), ("so 5, no: 1,212.0.", 1), ("1212 is 7", 0), ("none", 0), ("-1212", 0), ("", 0)
+    ):  # fmt: skip
+        assert score_answer(scorer, answer, reference) == score
+    assert score_answer(scorer, "3", row("no number")) == 0

@@ -65,6 +65,7 @@ class Progress:
         model_hash: hash of the base model's weights, see `weights_digest`.
         reference_hash: hash of the adapter that the method uses as the reference. None if the
             method has no reference.
+        reward_hash: hash of the scorers that reward sampled answers. None for other methods.
         micro_batch: size of the micro batch, such as `4096 tokens`.
         threads: number of torch's CPU threads.
         shares_prompts: whether a packed row holds the prompt of a preference pair only once. None
@@ -88,6 +89,7 @@ class Progress:
     validation_hash: str | None = None
     model_hash: str | None = None
     reference_hash: str | None = None
+    reward_hash: str | None = None
     micro_batch: str | None = None
     threads: int | None = None
     shares_prompts: bool | None = None
@@ -313,6 +315,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
     keys = {
         "model_hash": ("model.name", [run.model.name]),
         "reference_hash": ("adapter.from", [str(run.adapter.from_)]),
+        "reward_hash": ("method.reward", [str(run.method.reward)]),
         "data_hash": ("data.train", [source.source for source in run.data.train]),
         "validation_hash": ("data.validation", [source.source for source in run.data.validation]),
     }
@@ -325,6 +328,9 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         error: type[ModelError | DataError]
         if key.startswith("data."):
             changed = "rows, pictures, template or tokenizer"
+            error = DataError
+        elif key == "method.reward":
+            changed = "scorers"
             error = DataError
         else:
             changed = "weights"

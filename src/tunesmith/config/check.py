@@ -102,6 +102,10 @@ def _method(run: Run, places: Places) -> Iterator[Problem]:
             "is robust, but method.label_smoothing is 0, so the loss is the same as with sigmoid",
             fix="set method.label_smoothing: 0.1, or method.loss_type: sigmoid",
         )
+    if method.name in ("dpo", "orpo", "kto", "simpo") and method.beta == 0:
+        yield Problem("method.beta", "is 0, but must be above 0", fix="set method.beta: 0.1")
+    if method.name == "grpo":
+        yield from _grpo(run)
     if method.name == "kto":
         if run.adapter.kind == "none" and run.train.duration.seconds is not None:
             yield Problem(
@@ -121,6 +125,80 @@ def _method(run: Run, places: Places) -> Iterator[Problem]:
                 " the batch",
             )
     yield from _method_formats(run, places)
+
+
+def _grpo(run: Run) -> Iterator[Problem]:
+    """Yield a problem for each setting that reinforcement learning does not support."""
+    method = run.method
+    rewards = [method.reward] if isinstance(method.reward, str) else method.reward
+    if method.reward_weights and len(method.reward_weights) != len(rewards):
+        count = len(method.reward_weights)
+        yield Problem(
+            "method.reward_weights",
+            f"has {count} values, but method.reward has {len(rewards)}",
+            fix="give one weight for each scorer",
+        )
+    if not rewards or "tool-call" in rewards:
+        yield Problem(
+            "method.reward",
+            "names no scorer" if not rewards else "is tool-call, which grpo does not support",
+            fix="set method.reward: exact, or your own file.py:function",
+        )
+    if run.data.train_on != "last":
+        yield Problem(
+            "data.train_on",
+            f"is {run.data.train_on}, but grpo answers the last question of a row",
+            fix="set data.train_on: last",
+        )
+    conflicts = {
+        "method.beta": (
+            method.beta > 0 and run.adapter.kind == "none",
+            f"is {method.beta}, but the base model is not available in full fine-tuning",
+            "set method.beta: 0, or adapter.kind: lora",
+        ),
+        "parallel.tensor": (
+            run.parallel.tensor not in (1, "auto"),
+            "is set, but grpo does not support tensor parallelism",
+            "set parallel.tensor: 1",
+        ),
+        "model.vision": (
+            run.model.vision,
+            "is true, but grpo does not support pictures",
+            "set model.vision: false",
+        ),
+        "train.cpu_offload": (
+            "parameters" in run.train.cpu_offload,
+            "has parameters, which are too slow for the sampling of answers",
+            "remove parameters from train.cpu_offload",
+        ),
+        "train.optimizer_in_backward": (
+            run.train.optimizer_in_backward,
+            "is true, but a batch of sampled answers needs several micro batches",
+            "set train.optimizer_in_backward: false",
+        ),
+        "train.global_batch": (
+            run.train.global_batch.unit == "tokens",
+            f"is {run.train.global_batch}, but with grpo a batch is a number of prompts",
+            "set train.global_batch: 16 examples",
+        ),
+        "method.answer_tokens": (
+            method.answer_tokens >= run.data.seq_len,
+            f"is {method.answer_tokens}, which leaves no token of data.seq_len "
+            f"{run.data.seq_len} for the prompt",
+            f"set data.seq_len: {2 * method.answer_tokens}",
+        ),
+    }
+    for key, (is_set, what, fix) in conflicts.items():
+        if is_set:
+            yield Problem(key, what, fix=fix)
+    for key in ("data.train", "data.validation"):
+        sources = run.data.train if key == "data.train" else run.data.validation
+        if any(source.format == "text" for source in sources):
+            yield Problem(
+                f"{key}.format",
+                "is text, which has no prompt",
+                fix="use rows of format prompt-completion or messages",
+            )
 
 
 def _method_formats(run: Run, places: Places) -> Iterator[Problem]:
@@ -421,6 +499,12 @@ def _validate(run: Run) -> Iterator[Problem]:
             f"is accuracy, a score that method {run.method.name} does not compute",
             fix="set validate.best_by: loss",
             why="accuracy is the fraction of pairs whose chosen answer has the higher reward",
+        )
+    if run.validate.best_by == "reward" and run.method.name != "grpo":
+        yield Problem(
+            "validate.best_by",
+            f"is reward, a score that method {run.method.name} does not compute",
+            fix="set validate.best_by: loss",
         )
     if run.validate.patience is None:
         return

@@ -136,6 +136,12 @@ def checked(tree: Node) -> Run:
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
     method_format = METHOD_FORMATS.get(run.method.name)
+    if run.method.name == "grpo":
+        # The prompt ends before the last answer, and there is no KL penalty by default.
+        if "data.train_on" not in places:
+            run = replace(run, data=replace(run.data, train_on="last"))
+        if "method.beta" not in places:
+            run = replace(run, method=replace(run.method, beta=0.0))
     if method_format is not None:
         # Give each data source without a `format` the row format that the training method needs.
         sources: dict[str, list[Source]] = {"train": [], "validation": []}

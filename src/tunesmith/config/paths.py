@@ -90,6 +90,12 @@ def resolve_paths(node: Node, key: str = "", *, relative_to: Path | None = None)
         return replace(node, value=list(children.values()))
     name = without_indices(key)
     text = node.value
+    if name == "method.reward" and isinstance(text, str) and ".py:" in text:
+        file, _, function = text.rpartition(":")
+        path = os.path.abspath(node.base / os.path.expanduser(file))
+        if relative_to is not None:
+            path = os.path.relpath(path, relative_to)
+        return replace(node, value=f"{path}:{function}")
     if not isinstance(text, str) or name not in (*_OUTPUTS, *_INPUTS):
         return node
     path = _resolve(text, name, node, key)

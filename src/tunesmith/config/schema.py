@@ -46,7 +46,7 @@ MIN_KTO_BATCH = 4
 # Names of the problems of rows, which are the values of `data.leave_out`.
 # data/compare/row_checks.py finds rows with these problems.
 RowFault = Literal["near-duplicates", "contradictions"]
-MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo"]
+MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo", "grpo"]
 
 # Training methods whose examples are pairs of answers: one is better than the other.
 PAIR_METHODS = ("dpo", "orpo", "simpo")
@@ -61,6 +61,10 @@ METHOD_KEYS: dict[str, tuple[str, ...]] = {
     "orpo": ("beta",),
     "kto": ("beta", "desirable_weight", "undesirable_weight"),
     "simpo": ("beta", "simpo_gamma"),
+    "grpo": (
+        *("reward", "reward_weights", "reward_seconds", "group", "answer_tokens", "temperature"),
+        *("beta", "variant"),
+    ),
 }
 
 
@@ -115,12 +119,14 @@ class MethodConfig:
     name: MethodName = key(
         "sft",
         "sft: supervised fine-tuning; dpo, orpo, simpo: training on pairs of a good and a bad"
-        " answer; kto: training on answers labeled good or bad",
+        " answer; kto: training on answers labeled good or bad; grpo: reinforcement learning on"
+        " answers of the model, which a scorer rewards",
     )
-    beta: Positive = key(
+    beta: PositiveOrZero = key(
         0.1,
         "dpo, kto: strength of the KL penalty to the reference; orpo: weight of the odds ratio;"
-        " simpo: scale of the margin",
+        " simpo: scale of the margin; grpo: weight of the KL divergence to the base model (default"
+        " with grpo: 0)",
     )
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = key(
         "sigmoid",
@@ -136,6 +142,26 @@ class MethodConfig:
     undesirable_weight: PositiveOrZero = key(1.0, "kto: weight of bad answers")
     simpo_gamma: PositiveOrZero = key(
         0.5, "simpo: target margin between the chosen and the rejected answer"
+    )
+    reward: Text | tuple[Text, ...] = key(
+        "exact",
+        "grpo: scorer of the answers, as in `eval --score`: exact, contains, regex, json, f1,"
+        " rouge-l, or `file.py:function`; or a list of scorers, whose scores are added",
+    )
+    reward_weights: tuple[float, ...] = key(
+        (), "grpo: weight of each scorer in `reward`; empty: 1 for each"
+    )
+    reward_seconds: Positive = key(
+        10.0, "grpo: time limit in seconds for your own scorer of one answer"
+    )
+    group: AtLeastTwo = key(8, "grpo: number of answers that are sampled for each prompt")
+    answer_tokens: Count = key(256, "grpo: maximum number of tokens of a sampled answer")
+    temperature: Positive = key(1.0, "grpo: temperature of the sampling")
+    variant: Literal["dapo", "grpo", "dr_grpo", "rloo"] = key(
+        "dapo",
+        "grpo: how answers are weighted; dapo: all tokens of the batch alike; grpo: all answers"
+        " alike, and advantages divided by their standard deviation; dr_grpo: all tokens alike,"
+        " divided by `answer_tokens`; rloo: baseline without the answer itself",
     )
 
 
@@ -437,11 +463,12 @@ class Validate:
     )
     max_examples: Count | None = key(None, "use only the first N held-out examples")
     patience: Count | None = key(None, "stop after N validations without improvement")
-    best_by: Literal["loss", "accuracy"] = key(
+    best_by: Literal["loss", "accuracy", "reward"] = key(
         "loss",
         "score that selects the best validation; loss: the lowest loss; accuracy: with pairs of "
         "answers,"
-        " the largest fraction of pairs in the right order",
+        " the largest fraction of pairs in the right order; reward: with grpo, the largest reward"
+        " (the loss is 1 minus the reward)",
     )
 
 

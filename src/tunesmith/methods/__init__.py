@@ -3,6 +3,7 @@
 from tunesmith.config.schema import MethodConfig
 from tunesmith.methods.base import Method
 from tunesmith.methods.dpo import DirectPreferenceOptimization
+from tunesmith.methods.grpo import GroupRelativePolicyOptimization
 from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.methods.orpo import OddsRatioPreferenceOptimization
 from tunesmith.methods.sft import SupervisedFineTuning
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "orpo": OddsRatioPreferenceOptimization,
     "kto": KahnemanTverskyOptimization,
     "simpo": SimplePreferenceOptimization,
+    "grpo": GroupRelativePolicyOptimization,
 }
 
 

@@ -85,10 +85,12 @@ class Method(ABC):
         metrics: names of the sums in `MethodOutput.metrics`, in order.
         needs_mismatched: whether the loss needs batches in which each prompt is paired with the
             answer of another row.
+        samples_answers: whether the method trains on answers that the model samples.
     """
 
     metrics: Sequence[str] = ()
     needs_mismatched = False
+    samples_answers = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -339,14 +341,20 @@ class TrainModel(nn.Module):
         options = self._loss_options()
         return compute_with_head(chunked_cross_entropy, hidden, self.head, targets, **options)
 
-    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Compute the log-probability of each target, fp32 (or fp64) [n], with gradient.
 
         Args:
             hidden: [n, width].
             targets: [n].
+            temperature: the logits are divided by it.
         """
-        return compute_with_head(token_logprobs, hidden, self.head, targets, **self._loss_options())
+        options = self._loss_options()
+        # cap(scale * x) / T is cap'(scale / T * x), where cap' caps at c / T.
+        options["scale"] /= temperature
+        if options["softcap"] is not None:
+            options["softcap"] /= temperature
+        return compute_with_head(token_logprobs, hidden, self.head, targets, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits of hidden states [n, width], fp32 [n, vocabulary]."""

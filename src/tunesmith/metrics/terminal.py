@@ -128,7 +128,7 @@ class Terminal(Sink):
                 self._task,
                 completed=step if self.total else self.trained_seconds,
                 step=count,
-                status=f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s",
+                status=_status(record),
                 time_left=time_left,
             )
 
@@ -139,8 +139,7 @@ class Terminal(Sink):
 
     def _show_step(self, record: StepRecord, count: str, time_left: str) -> None:
         rate = f"{record.learning_rate:.1e}".replace("e-0", "e-")
-        line = f"step {count}  loss {record.loss:.4f}  lr {rate}"
-        line += f"  grad {record.grad_norm:.3g}  {record.tokens_per_second:,.0f} tok/s"
+        line = f"step {count}  {_status(record)}  lr {rate}  grad {record.grad_norm:.3g}"
         if record.mfu is not None:
             line += f"  mfu {record.mfu:.1%}"
         if time_left:
@@ -194,3 +193,17 @@ class Terminal(Sink):
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             show(text, self.stream)
+
+
+def _status(record: StepRecord) -> str:
+    """Return the most important values of a step, for the progress line."""
+    extra = record.extra
+    if "reward" not in extra:
+        return f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
+    seconds = extra["rollout_seconds"]
+    return (
+        f"reward {extra['reward']:.3f}  kl {extra['kl_sampler']:.1e}  "
+        f"length {extra['answer_length']:.0f}  cut {extra['cut_share']:.0%}  "
+        f"groups {extra['groups_with_variance']:.0%}  rollouts {seconds:.1f} s  "
+        f"train {record.step_seconds - seconds:.1f} s"
+    )

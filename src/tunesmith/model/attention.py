@@ -309,8 +309,9 @@ class _Repeat(torch.autograd.Function):
     def backward(ctx: _RepeatContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places, firsts, seconds = ctx.repeated
         total = grads[0].index_select(0, firsts)
-        # No position occurs twice in the index, so each sum has two terms and is deterministic.
-        total.index_add_(0, places.index_select(0, seconds), grads[0].index_select(0, seconds))
+        # In each call no position occurs twice in the index, so the order of the sum is fixed.
+        for part in seconds:
+            total.index_add_(0, places.index_select(0, part), grads[0].index_select(0, part))
         return total, None
 
 

@@ -78,13 +78,13 @@ class RepeatedTokens(NamedTuple):
         places: int64 [tokens of all documents], the position of each token in the block.
         firsts: int64 [tokens of the block], for each position the index of the first document token
             that is stored there.
-        seconds: int64 [n], indices of document tokens whose position already occurred in an earlier
-            document. At most two document tokens share a position.
+        seconds: int64 [n] each, indices of document tokens whose position already occurred in one
+            earlier document, in two, and so on.
     """
 
     places: Tensor
     firsts: Tensor
-    seconds: Tensor
+    seconds: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)

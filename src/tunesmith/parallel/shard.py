@@ -8,6 +8,8 @@ holds them completely, and all their gradients are summed at the end of a step. 
 frozen base, and therefore allocates no memory for gradients.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -149,6 +151,26 @@ def reshard(root: nn.Module) -> None:
     """
     for module in sharded_modules(root):
         module.reshard()
+
+
+@contextmanager
+def unsharded(root: TrainModel) -> Iterator[None]:
+    """Keep the gathered weights of all FSDP groups inside the block, so that a rank can run any
+    number of forwards without the other ranks. Without FSDP, do nothing.
+    """
+    modules = sharded_modules(root)
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        # These groups keep their weights until the backward, see `shard`.
+        kept = set(map(id, (root, root.head, root.layers[-1])))
+        for module in modules:
+            if id(module) not in kept:
+                module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def set_gradient_sync(root: nn.Module, mesh: Mesh, *, last: bool) -> None:

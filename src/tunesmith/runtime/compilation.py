@@ -226,8 +226,10 @@ class CompiledLayer(nn.Module):
             args = (hidden.detach().requires_grad_(), *rest)
 
         mark_varying(documents.cu_seqlens, 0)
-        for tensor in documents.repeated or ():
-            mark_varying(tensor, 0)
+        if documents.repeated is not None:
+            places, firsts, seconds = documents.repeated
+            for tensor in (places, firsts, *seconds):
+                mark_varying(tensor, 0)
         if documents.chunks is not None:
             mark_varying(documents.chunks.cu_seqlens, 0)
 

@@ -29,7 +29,7 @@ SCORER_SECONDS = 10
 OWN_SCORER_SECONDS = 60
 # Maximum size of a file that a scorer writes. The text that it prints for one answer is such a
 # file, of which the first MAX_SHOWN_BYTES are shown.
-MAX_FILE_BYTES = 256 << 20
+MAX_WRITTEN_BYTES = 256 << 20
 MAX_SHOWN_BYTES = 4000
 # Number of answers whose scorers may fail in one call of `ScorerPool.scores`.
 MAX_FAULTS = 2
@@ -60,7 +60,7 @@ def _limit_process() -> tuple[int, int]:
     Returns:
         Descriptors of the file to which printed text is written, and of the previous stderr.
     """
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, MAX_FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_WRITTEN_BYTES, MAX_WRITTEN_BYTES))
     # If memory runs out, the kernel kills this process first, not the training.
     with suppress(OSError):  # only Linux has this file
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -148,6 +148,9 @@ def model_parts(tokens: "TokenFacts", files: "ModelFiles") -> Facts:
     parts["model.name: how its layers train"] = ", ".join([support.state, *support.recurrent])
     tokenizer_hash = tokens.data.template.tokenizer_hash
     parts["model.tokenizer"] = f"{len(files.tokenizer):,} tokens, {tokenizer_hash}"
+    reward_hash = tokens.hashes.get("reward_hash")
+    if reward_hash:
+        parts["method.reward"] = reward_hash
     adapter = tokens.run.adapter.from_
     if adapter is not None and tokens.start.checkpoint is None:
         parts["adapter.from"] = adapter_digest(adapter)

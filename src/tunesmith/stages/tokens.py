@@ -71,5 +71,13 @@ def read_tokens(model: ModelFacts) -> TokenFacts:
     hashes = {"data_hash": data.digest, "validation_hash": data.validation_digest}
     if run.method.name in REFERENCE_METHODS and run.adapter.from_ is not None:
         hashes["reference_hash"] = adapter_digest(run.adapter.from_)
+    if run.method.name == "grpo":
+        from tunesmith.stages import rewards
+
+        hashes["reward_hash"] = rewards.reward_digest(run)
+        rewards.check_sampling(run, model.support)
+        rewards.check_prompts(run, data)
+        if request.purpose == "train" and start.checkpoint is None:
+            rewards.check_reward(run, data)
     check_unchanged(start, run, hashes)
     return TokenFacts(model, data, hashes, find_resumed(start, run, data.schedule))

@@ -150,7 +150,8 @@ class AsyncMetrics(LoopPart):
         # Sum of the peak TFLOP/s of all ranks.
         peak = (session.peak.tflops or 0.0) * self.ranks.world or None
         mfu = None
-        if peak:
+        # The FLOPs of sampled answers are not counted.
+        if peak and not batch.extra:
             work = session.flops(batch.indices, batch.supervised)
             mfu = ratio(work, seconds) / (peak * 1e12)
             # A value above 1 is invalid. The cause can be fp8 matmuls, which exceed the 16-bit
@@ -177,7 +178,7 @@ class AsyncMetrics(LoopPart):
             memory_gib=session.memory_gib(),
             **self.gauges.read(),
             idle_share=idle_share,
-            extra=session.model.method.finish(numbers.metrics),
+            extra={**batch.extra, **session.model.method.finish(numbers.metrics)},
         )
 
     def log_record(self) -> None:

@@ -3,11 +3,12 @@
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -51,6 +52,9 @@ from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.stages.plan import PlanFacts
 from tunesmith.training.reference import BaseReference
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from tunesmith.training.rollouts import RewardedSampling
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +123,28 @@ class Session:
         """
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
+    def batches(
+        self, start_step: int, stop: Callable[[], bool]
+    ) -> AbstractContextManager[Iterable[GlobalBatch]]:
+        """Return the global batches that training uses: of the rows, or of sampled answers.
+
+        Args:
+            stop: function that returns whether the run must end. Sampling is then cancelled.
+        """
+        loader = self.loader(start_step)
+        if not self.model.method.samples_answers:
+            return loader
+        from tunesmith.training.rollouts import Rollouts
+
+        return Rollouts(self, loader, stop)
+
+    @cached_property
+    def sampling(self) -> "RewardedSampling":
+        """Sampler of answers and their rewards, for reinforcement learning."""
+        from tunesmith.training.rollouts import RewardedSampling
+
+        return RewardedSampling(self)
+
     def loader(self, start_step: int) -> Loader:
         """Return a loader of global batches on the device that begins with step `start_step` (from
         0).
@@ -144,6 +170,13 @@ def open_session(
     device = facts.machine.device
     mesh = make_mesh(plan.mesh, device.type)
     root, plan = load_model(facts, mesh, ranks)
+    if root.method.samples_answers and not root.takes_slots:
+        raise ModelError(
+            "this model cannot be trained with grpo",
+            where="method.name",
+            why="its layers with chunked attention cannot continue answers",
+            fix="use rejection sampling: tunesmith generate --samples --keep",
+        )
     if plan.base in SCALING_RECIPES:
         plan = compare_eight_bits(root, plan, mesh, facts, ranks)
     optimizer = make_optimizer(run, root, facts.start, ranks)

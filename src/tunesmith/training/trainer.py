@@ -119,6 +119,8 @@ class Trainer(LoopPart):
             # The checkpoint of this step already exists. Save it again, because the validation has
             # now shown whether it is the best one.
             self.checkpoints.save()
+        if self.first_step == 0 and self.session.model.method.samples_answers:
+            self.validation.show_first_reward()
         # Do not sample answers before training if the model is sharded, because it would gather all
         # weights for each token, which is too slow.
         if self.first_step == 0 and not self.answers.is_sharded:
@@ -126,7 +128,7 @@ class Trainer(LoopPart):
         folder = self.out / "profile"
         device = self.session.device
         profiler = Profiler(self.run.profile, folder, rank=self.ranks.rank, device=device)
-        with profiler, self.session.loader(self.first_step) as batches:
+        with profiler, self.session.batches(self.first_step, self._ends) as batches:
             for _ in self.steps(batches):
                 profiler.step()
         self.metrics.flush()
@@ -185,6 +187,10 @@ class Trainer(LoopPart):
                 text = f"stopping the run, because {validations} brought no improvement"
                 self.sinks.text("patience", text)
                 return
+
+    def _ends(self) -> bool:
+        """Return whether the run ends before its next step."""
+        return self.is_over or self.stop.cancels_validation()
 
     def logged_if_slow(self, step: int) -> AbstractContextManager[None]:
         """Return a context that logs a message if the first step takes long."""

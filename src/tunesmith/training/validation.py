@@ -6,7 +6,9 @@ import json
 from tunesmith.checkpoint.resume import validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import write_atomically
+from tunesmith.inference.decoding import Decoding
 from tunesmith.methods.answers import REWARD_ACCURACY
+from tunesmith.metrics.intervals import mean_interval
 from tunesmith.metrics.record import VALIDATION
 from tunesmith.run_dir import BEST, Phase
 from tunesmith.training.async_metrics import AsyncMetrics
@@ -83,6 +85,8 @@ class Validation(LoopPart):
         session = self.session
         assert session.data.validation is not None
         self.ranks.heartbeat.phase(Phase.VALIDATION, STUCK_AFTER_S + COMPILING_S)
+        if session.model.method.samples_answers:
+            return self.reward()
         micro_batch = session.plan.layout.micro_batch
         if micro_batch.unit == "tokens":
             micro_tokens = micro_batch.amount
@@ -98,3 +102,38 @@ class Validation(LoopPart):
             cancelled=self.stop.cancels_validation,
             scored=self.ranks.heartbeat.progress,
         )
+
+    def reward(self) -> ValidationResult | None:
+        """Return the mean reward of greedy answers to the held-out rows, with its interval, or None
+        if a stop interrupted the validation. The loss is 1 minus the reward.
+        """
+        session = self.session
+        held_out = session.data.validation
+        assert held_out is not None
+        groups = session.sampling.sample(
+            held_out,
+            range(len(held_out)),
+            Decoding(self.run.method.answer_tokens),
+            answers=1,
+            step=0,
+            cancelled=self.stop.cancels_validation,
+        )
+        if groups is None:
+            return None
+        interval = mean_interval([rollout.reward for [rollout] in groups])
+        metrics = {
+            "reward": interval.mean,
+            "reward_low": interval.low,
+            "reward_high": interval.high,
+        }
+        return ValidationResult(1 - interval.mean, len(groups), metrics)
+
+    def show_first_reward(self) -> None:
+        """Show the reward of the answers to the held-out rows before the first step."""
+        if self.session.data.validation is None:
+            return
+        result = self.reward()
+        if result is not None:
+            mean, low, high = result.metrics.values()
+            text = f"before training, the held-out reward is {mean:.3f} ({low:.3f} to {high:.3f})"
+            self.sinks.text("validation", text)

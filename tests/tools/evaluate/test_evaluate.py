@@ -73,7 +73,8 @@ def test_score_is_that_of_transformers_and_peft(
     """Relative 1e-6: the same sums in fp32, in another order."""
     peft = peft_model(tiny)
     total, hits, count = reference(peft, list(tokens))
-    with opened.training_attention() as train_model:
+    train_model = opened.train_model
+    with train_model.attention_for("training"):
         found = score(train_model, tokens, pad_id=opened.pad_id)
         for micro_tokens in (1, 300, 100_000):
             options = {"micro_tokens": micro_tokens, "pad_id": opened.pad_id, "device": CPU}
@@ -98,7 +99,8 @@ def test_dropout_is_off_and_training_mode_and_attention_come_back(
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         before = opened.model(input_ids=ids).logits
-        with opened.training_attention() as train_model:
+        train_model = opened.train_model
+        with train_model.attention_for("training"):
             train_model.train()
             first, again = (validation_loss(train_model, tokens, **options) for _ in range(2))
             assert train_model.training

@@ -22,7 +22,8 @@ from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.text.template import Template
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError
-from tunesmith.inference.decoding import Answer, Decoding
+from tunesmith.inference.answers import Answer
+from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import load_run
 from tunesmith.metrics.intervals import paired_intervals
 from tunesmith.scoring.text import token_f1
@@ -152,7 +153,7 @@ def test_empty_answers_are_never_exact_and_special_tokens_are_compared(
     ids: list[int] = []
 
     def answer_all(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
-        return enumerate(Answer("", ids, True) for _ in prompts)
+        return enumerate([Answer("", ids, True)] for _ in prompts)
 
     monkeypatch.setattr(score_rows, "answer_all", answer_all)
     turn = {"role": "user", "content": "Say it"}

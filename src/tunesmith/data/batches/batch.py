@@ -47,6 +47,8 @@ class Sequences(NamedTuple):
         labels: bool [total], whether the answer is good. True for chosen, False for rejected.
         reference: fp64 [total], the log-probability of each sequence under the reference model, see
             `Example.reference`. None if it was not computed.
+        weights: fp64 [total], see `Example.weights`. None for methods that sample no answers.
+        sampled: fp32 [supervised], see `Example.sampled`. None for the same methods.
     """
 
     total: int
@@ -54,6 +56,8 @@ class Sequences(NamedTuple):
     lengths: torch.Tensor
     labels: torch.Tensor
     reference: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    sampled: torch.Tensor | None = None
 
 
 class WholeDocuments(NamedTuple):
@@ -64,13 +68,14 @@ class WholeDocuments(NamedTuple):
             of the concatenated documents.
         firsts: int64 [rows * length], for each position in the block, the index of the first token
             of the concatenated documents that is stored at this position.
-        seconds: int64 [n], the indices of the tokens of the concatenated documents that are not in
-            `firsts`, because an earlier token is stored at the same position.
+        seconds: int64 [n] each, the indices of the tokens of the concatenated documents that are
+            not in `firsts`, because an earlier token is stored at the same position. The first
+            tensor has the tokens with one earlier token, the second those with two, and so on.
     """
 
     places: torch.Tensor
     firsts: torch.Tensor
-    seconds: torch.Tensor
+    seconds: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class Batch:
         for group in (self.sequences, self.whole):
             if group is not None:
                 values |= group._asdict()
+        seconds = self.whole.seconds if self.whole is not None else ()
+        values |= {f"seconds.{i}": tensor for i, tensor in enumerate(seconds)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -141,6 +148,8 @@ class Batch:
                 return change(value)
             if isinstance(value, Sequences | WholeDocuments):
                 return type(value)(*map(map_value, value))
+            if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
+                return tuple(map(change, value))
             if isinstance(value, dict):
                 return {name: change(tensor) for name, tensor in value.items()}
             return value
@@ -194,7 +203,9 @@ def collate(
                     f"the sequences of row {r} have more than {length} tokens in total"
                 )
             flat.add_sequence(part, at, previous, next(next_pixels) if part.pictures else None)
-            previous = at
+            # All later sequences of an example take the shared tokens from its first sequence.
+            if not part.shared:
+                previous = at
             at = end
         # Split the padding into several documents, because no document can be longer than
         # `max_seqlen`.
@@ -324,11 +335,17 @@ class _FlatRows:
             return None
         places = np.concatenate([np.arange(*run) for run in self.runs])
         # For each place, np.unique returns the index of the first token that is stored at it.
-        _, firsts = np.unique(places, return_index=True)
-        is_second = np.ones(len(places), dtype=bool)
-        is_second[firsts] = False
-        seconds = np.flatnonzero(is_second)
-        return WholeDocuments(*map(torch.from_numpy, (places, firsts, seconds)))
+        _, firsts, counts = np.unique(places, return_index=True, return_counts=True)
+        # Number of earlier tokens at the place of each token.
+        earlier = np.zeros(len(places), np.int64)
+        order = np.argsort(places, kind="stable")
+        earlier[order] = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+        seconds = [np.flatnonzero(earlier == count) for count in range(1, earlier.max() + 1)]
+        return WholeDocuments(
+            torch.from_numpy(places),
+            torch.from_numpy(firsts),
+            tuple(map(torch.from_numpy, seconds)),
+        )
 
 
 def _sequences(examples: Sequence[Example]) -> Sequences | None:
@@ -342,7 +359,12 @@ def _sequences(examples: Sequence[Example]) -> Sequences | None:
     lengths = []
     labels = []
     reference: list[float] = []
+    weights: list[float] = []
+    sampled: list[np.ndarray] = []
     for example in examples:
+        weights += example.weights
+        if example.sampled is not None:
+            sampled.append(example.sampled)
         for number, part in enumerate(example.parts()):
             is_good = example.label
             if is_good is None:
@@ -356,4 +378,6 @@ def _sequences(examples: Sequence[Example]) -> Sequences | None:
         lengths=torch.tensor(lengths, dtype=torch.int64),
         labels=torch.tensor(labels, dtype=torch.bool),
         reference=torch.tensor(reference, dtype=torch.float64) if reference else None,
+        weights=torch.tensor(weights, dtype=torch.float64) if weights else None,
+        sampled=torch.from_numpy(np.concatenate(sampled)) if sampled else None,
     )

@@ -77,7 +77,7 @@ class Layout:
         If `examples` is empty, the batch consists only of padding.
         """
         if self.packed:
-            length = sum(len(example.ids) - example.shared for example in examples)
+            length = sum(example.row_length for example in examples)
         else:
             length = max((example.longest_sequence for example in examples), default=0)
         length = self.row_length or max(1, length)
@@ -92,7 +92,7 @@ class Layout:
     def _groups(self, examples: Sequence[Example] | TokenSet, max_tokens: int) -> list[list[int]]:
         """Return, for each batch, the indices of its examples."""
         if self.packed:
-            lengths = [len(example.ids) - example.shared for example in examples]
+            lengths = [example.row_length for example in examples]
             return best_fit_decreasing(lengths, max(max_tokens, *lengths))
         # All examples of a token set have the same number of sequences: 2 if they are pairs, else
         # 1.

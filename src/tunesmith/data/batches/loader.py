@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -37,6 +37,7 @@ class GlobalBatch:
             another example.
         source: the token set of the examples.
         data_seconds: time that training waited for this batch.
+        extra: metrics of the batch, for the step's record.
     """
 
     step: int
@@ -52,6 +53,7 @@ class GlobalBatch:
     mismatched: Sequence[Batch]
     source: TokenSet = field(repr=False, compare=False)
     data_seconds: float = 0.0
+    extra: Mapping[str, float] = field(default_factory=dict)
 
     def row_names(self) -> list[str]:
         """Return file and line of each row in the batch.

@@ -52,9 +52,13 @@ class Example(NamedTuple):
         label: whether the answer is good. None if the row has no label.
         reference: log-probability of each sequence's supervised tokens under the reference model.
             Empty if it was not computed before training.
-        shared: number of leading tokens of a pair's second sequence that are not stored in a packed
-            row. They are equal to the leading tokens of the first sequence, and none of their
-            positions has a target (see `count_shared`).
+        shared: number of leading tokens that the second and later sequences do not store in a
+            packed row. They are equal to the leading tokens of the first sequence, and none of
+            their positions has a target (see `count_shared`).
+        weights: weight of the log-probabilities of each sequence in the loss of grpo. Empty for
+            other methods.
+        sampled: fp32 [supervised], log-probability with which the sampler drew each supervised
+            token. None if the answers were not sampled.
         digests: a 63-bit digest of the bytes of each picture.
         pictures: source of the pixels. A token set sets this attribute if it has the processor of a
             vision-language model.
@@ -70,6 +74,8 @@ class Example(NamedTuple):
     label: bool | None = None
     reference: tuple[float, ...] = ()
     shared: int = 0
+    weights: tuple[float, ...] = ()
+    sampled: np.ndarray | None = None
     digests: tuple[int, ...] = ()
     pictures: RowPictures | None = None
     scaled: int = 0
@@ -77,14 +83,18 @@ class Example(NamedTuple):
     control_tokens: frozenset[str] = frozenset()
 
     def parts(self) -> list[Example]:
-        """Return each sequence as a separate example. A pair's second example keeps `shared`."""
+        """Return each sequence as a separate example. All but the first keep `shared`."""
         if not self.sequences:
             return [self]
-        first = self.sequences[0]
-        return [
-            Example(self.ids[:first], self.trained[:first]),
-            Example(self.ids[first:], self.trained[first:], shared=self.shared),
-        ]
+        edges = np.cumsum(self.sequences[:-1], dtype=np.int64)
+        pairs = zip(np.split(self.ids, edges), np.split(self.trained, edges), strict=True)
+        first, *others = (Example(ids, trained) for ids, trained in pairs)
+        return [first, *(part._replace(shared=self.shared) for part in others)]
+
+    @property
+    def row_length(self) -> int:
+        """Number of tokens that the example occupies in a packed row."""
+        return len(self.ids) - self.shared * (self.sequence_count - 1)
 
     def count_shared(self) -> int:
         """Count the leading tokens that both sequences of a pair share before the first target."""
@@ -100,6 +110,15 @@ class Example(NamedTuple):
         # At least one token of the shorter sequence must not be shared.
         ends[-1] = True
         return int(ends.argmax())
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens before the last answer. The last answer begins after the last gap
+        between supervised tokens.
+        """
+        trained = np.flatnonzero(self.trained)
+        gaps = np.flatnonzero(np.diff(trained) > 1)
+        return int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
 
     @property
     def sequence_count(self) -> int:

@@ -333,6 +333,11 @@ class TokenSet:
         part, at = self._find(i)
         return part.sample(at, system)
 
+    def row(self, i: int) -> dict[str, Any]:
+        """Return the row of example i as it is in the file."""
+        part, at = self._find(i)
+        return dict(part.rows[int(part.arrays.rows[at])])
+
     def beginning(self, i: int) -> str:
         """Return the start of the row of example i in one line, so that a user recognizes the row.
 

@@ -13,9 +13,9 @@ Each output row is the input row with the key `output` added, and the key
 `reference` if the row had an answer. Rows are written in input order as soon as
 they are ready. After ctrl-C, --resume continues.
 
---samples N writes N rows for each row. --score adds the key `score`, by a scorer
-of `tunesmith eval`. --keep writes only the answers with such a score. They
-replace the answer in the row, so that the output can be trained on.
+--samples N writes N rows for each row. --score adds the key `score`, by a
+scorer of `tunesmith eval`. --keep writes only the answers with such a score.
+They replace the answer in the row, so that the output can be trained on.
 """
 
 import argparse

@@ -17,9 +17,9 @@ from tunesmith.data.rows.columns import is_absent, plain
 from tunesmith.data.rows.detect import detect, sample_rows
 from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.rows.labels import read_label
-from tunesmith.data.rows.messages import CHAT_ROLES, is_said
+from tunesmith.data.rows.messages import CHAT_ROLES
 from tunesmith.data.rows.row_reader import RowReader
-from tunesmith.data.rows.samples import Completion, Conversation, Picture, Sample
+from tunesmith.data.rows.samples import Picture, pictures_of
 from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.files import relative_to_cwd
@@ -28,6 +28,7 @@ from tunesmith.inference.answers import answer_all, decode
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel
 from tunesmith.inference.sampler import Prompt
+from tunesmith.scoring.rows import make_scored_row
 from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.units import count_of
 
@@ -401,39 +402,9 @@ def make_prompt(
     complete_row, is_answered = _with_answer(row, source, where)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     prompt_ids = list(template.prompt(sample, where=where))
-    calls = 0
-    tools = None
-    pictures: tuple[Picture, ...] = ()
-    if isinstance(sample, Conversation):
-        calls = len(sample.messages[-1].get("tool_calls") or ())
-        tools, pictures = sample.tools, sample.pictures
-    # Render the reference from the row's text. Do not decode the row's tokens: if the tokens were
-    # wrong, a model that has learned them would count as right. The template also renders tool
-    # calls and reasoning.
-    raw_reference = ""
-    if is_answered and not _is_empty(sample):
-        raw_reference = template.answer(sample, where=where)
-    scored = None
-    if raw_reference.strip():
-        reference = template.without_special_tokens(raw_reference)
-        is_special = not reference.strip()
-        scored = ScoredRow(
-            raw_reference if is_special else reference,
-            raw_reference,
-            row,
-            where,
-            calls,
-            bool(tools),
-            is_special,
-        )
+    pictures = pictures_of(sample)
+    scored = make_scored_row(template, sample, row, where) if is_answered else None
     return RowPrompt(prompt_ids, where, scored, pictures)
-
-
-def _is_empty(sample: Sample) -> bool:
-    """Return whether the last answer of the sample is empty."""
-    if isinstance(sample, Conversation):
-        return not is_said(sample.messages[-1])
-    return isinstance(sample, Completion) and not sample.completion.strip()
 
 
 def row_with_answer(

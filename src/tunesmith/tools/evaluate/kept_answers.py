@@ -20,7 +20,7 @@ from tunesmith.units import count_of
 _CONDITION = re.compile(r"\s*score\s*(>=|>|==)\s*([0-9.]+)\s*")
 _OPERATORS = {">=": operator.ge, ">": operator.gt, "==": operator.eq}
 # Formats whose rows have one answer, which a sampled answer can replace.
-_FORMATS = ("prompt-completion", "alpaca", "messages", "sharegpt")
+_SINGLE_ANSWER_FORMATS = ("prompt-completion", "alpaca", "messages", "sharegpt")
 
 
 class Condition(NamedTuple):
@@ -65,11 +65,11 @@ class KeptAnswers:
     """
 
     def __init__(self, scorer: str, condition: Condition | None, rows: Rows, source: Source):
-        if condition is not None and source.format not in _FORMATS:
+        if condition is not None and source.format not in _SINGLE_ANSWER_FORMATS:
             raise UsageError(
                 f"answers to rows of the format {source.format} cannot be kept as rows for SFT",
                 where="--keep",
-                why=f"only rows of the formats {', '.join(_FORMATS)} have one answer",
+                why=f"only rows of the formats {', '.join(_SINGLE_ANSWER_FORMATS)} have one answer",
                 fix="convert the rows to prompt and completion",
             )
         self.scorer = scorer

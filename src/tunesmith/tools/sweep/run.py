@@ -145,6 +145,12 @@ def check_sweep(run: Run, space: Space) -> None:
             "set adapter.kind=lora",
         ),
         (
+            run.method.name == "grpo",
+            "method.name",
+            "a sweep does not support grpo: each candidate would sample its own answers",
+            "start one run for each candidate",
+        ),
+        (
             run.parallel.tensor != 1,
             "parallel.tensor",
             "a sweep does not support tensor parallelism",

@@ -1,0 +1,41 @@
+"""Rows with their own answers, as scorers need them."""
+
+from typing import Any
+
+from tunesmith.data.rows.messages import is_said
+from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.text.template import Template
+from tunesmith.scoring.scorers import ScoredRow
+
+
+def make_scored_row(
+    template: Template, sample: Sample, row: dict[str, Any], where: str
+) -> ScoredRow | None:
+    """Return a row with the reference of its last answer. Return None if the answer is empty.
+
+    The reference is rendered from the row's text, not decoded from its tokens: if the tokens were
+    wrong, a model that has learned them would count as right. The template also renders tool calls
+    and reasoning.
+
+    Args:
+        sample: the row as a sample.
+        row: the row as it is in the file.
+        where: file and line of the row.
+    """
+    calls = 0
+    tools = None
+    is_empty = isinstance(sample, Completion) and not sample.completion.strip()
+    if isinstance(sample, Conversation):
+        is_empty = not is_said(sample.messages[-1])
+        calls = len(sample.messages[-1].get("tool_calls") or ())
+        tools = sample.tools
+    if is_empty:
+        return None
+    raw = template.answer(sample, where=where)
+    if not raw.strip():
+        return None
+    reference = template.without_special_tokens(raw)
+    is_special = not reference.strip()
+    return ScoredRow(
+        raw if is_special else reference, raw, row, where, calls, bool(tools), is_special
+    )

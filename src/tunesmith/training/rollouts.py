@@ -1,0 +1,383 @@
+"""Global batches of sampled answers, for reinforcement learning.
+
+    prompts of the step -> groups of answers -> rewards -> weights -> micro batches
+
+The answers of a step are sampled with the weights before the step, and used for one update. Each
+prompt is in a packed row only once for all its answers.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tunesmith.checkpoint.manifest import list_checkpoints
+from tunesmith.data.batches.loader import GlobalBatch, Loader
+from tunesmith.data.batches.schedule import BatchSchedule
+from tunesmith.data.text.example import Example
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.host.cores import available_cores
+from tunesmith.inference.answers import decode
+from tunesmith.inference.decoding import Decoding
+from tunesmith.inference.sampler import Prompt, SampledIds, sample
+from tunesmith.methods.grpo import answer_weights
+from tunesmith.parallel.shard import unsharded
+from tunesmith.scoring.process import ScorerPool
+from tunesmith.scoring.rows import make_scored_row
+from tunesmith.scoring.scorers import ScoredRow
+from tunesmith.training.session import Session
+
+log = logging.getLogger(__name__)
+
+# Number of answers that are sampled at the same time. It does not depend on the memory of the
+# machine or on the ranks, because in 16-bit dtypes the answers depend on it slightly.
+ANSWERS_AT_ONCE = 64
+# Number of steps without a group of different rewards, after which a warning is logged.
+STEPS_WITHOUT_VARIANCE = 20
+ROLLOUTS = "rollouts"
+
+
+@dataclass
+class Rollout:
+    """A sampled answer and its reward."""
+
+    answer: SampledIds
+    reward: float
+
+
+def prompt_of(example: Example, row: int) -> Prompt:
+    """Return the part of an example before its last answer, as a prompt for the sampler."""
+    return Prompt(example.ids[: example.prompt_length].tolist(), row)
+
+
+class RewardedSampling:
+    """Samples answers to rows, and rewards them.
+
+    Args:
+        session: the running training.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        method = session.run.method
+        reward = method.reward
+        self.scorers = (reward,) if isinstance(reward, str) else reward
+        self.weights = method.reward_weights or (1.0,) * len(self.scorers)
+        processes = max(1, min(4, available_cores() // session.ranks.local_world))
+        self.pool = ScorerPool(self.scorers, own_seconds=method.reward_seconds, count=processes)
+
+    def sample(
+        self,
+        tokens: TokenSet,
+        indices: Sequence[int],
+        decoding: Decoding,
+        *,
+        answers: int,
+        step: int,
+        cancelled: Callable[[], bool],
+    ) -> list[list[Rollout]] | None:
+        """Sample answers to some examples and reward them. This is a collective call.
+
+        The examples are divided into windows of fixed size, which the data ranks sample in turn.
+        All ranks return the answers to all examples. Return None if the sampling was cancelled.
+        """
+        session = self.session
+        window = max(1, ANSWERS_AT_ONCE // answers)
+        mesh = session.mesh
+        mine: dict[int, list[SampledIds]] = {}
+        heartbeat = session.ranks.heartbeat
+
+        def stops() -> bool:
+            heartbeat.progress()
+            return cancelled()
+
+        with unsharded(session.model), session.ranks.raise_on_all_ranks():
+            for number, first in enumerate(range(0, len(indices), window)):
+                if number % mesh.shape.data != mesh.data_rank:
+                    continue
+                chosen = indices[first : first + window]
+                sampled = sample(
+                    session.model,
+                    [prompt_of(tokens[i], i) for i in chosen],
+                    decoding,
+                    stops=session.data.template.end_ids,
+                    answers=answers,
+                    step=step,
+                    pad_id=session.files.pad_id,
+                    cancelled=stops,
+                )
+                for n in range(len(chosen)):
+                    mine[first + n] = sampled[n * answers : (n + 1) * answers]
+        if cancelled():
+            return None
+        rewarded: dict[int, list[Rollout]] = {}
+        with session.ranks.raise_on_all_ranks():
+            rewarded = self._reward(tokens, indices, mine)
+        groups: dict[int, list[Rollout]] = {}
+        for of_rank in session.ranks.all_gather_object(rewarded):
+            groups |= of_rank
+        return [groups[n] for n in range(len(indices))]
+
+    def _reward(
+        self, tokens: TokenSet, indices: Sequence[int], groups: dict[int, list[SampledIds]]
+    ) -> dict[int, list[Rollout]]:
+        """Reward answers. A scorer that fails gives 0. Raise RunError if it fails often."""
+        tokenizer = self.session.files.tokenizer
+        items = []
+        for n, group in groups.items():
+            row = self._scored_row(tokens, indices[n])
+            for answer in group:
+                ids = answer.ids[:-1] if answer.finished else answer.ids
+                items.append((decode(tokenizer, ids), row))
+        totals = np.zeros(len(items))
+        for scorer, weight in zip(self.scorers, self.weights, strict=True):
+            scores = self.pool.scores(scorer, items)
+            totals += weight * np.array([score or 0.0 for score in scores])
+        rewards = iter(totals.tolist())
+        return {
+            n: [Rollout(answer, next(rewards)) for answer in group] for n, group in groups.items()
+        }
+
+    def _scored_row(self, tokens: TokenSet, i: int) -> ScoredRow:
+        data = self.session.data
+        where = tokens.where(i)
+        row = tokens.row(i)
+        scored = make_scored_row(
+            data.template, tokens.sample(i, self.session.run.data.system), row, where
+        )
+        return scored or ScoredRow("", "", row, where)
+
+
+class Rollouts(AbstractContextManager["Rollouts"]):
+    """Iterator over the global batches of sampled answers. Use it in a `with` statement.
+
+    Args:
+        session: the running training.
+        loader: determines the layout of the batches and the first step. It is not iterated.
+        stop: function that returns whether the run must end.
+    """
+
+    def __init__(self, session: Session, loader: Loader, stop: Callable[[], bool]) -> None:
+        self.session = session
+        self.loader = loader
+        self.stop = stop
+        self.folder = Path(session.run.output_dir) / ROLLOUTS
+        self.without_variance = 0
+
+    def __exit__(self, *exc: object) -> None:
+        self.loader.close()
+
+    def __iter__(self) -> Iterator[GlobalBatch]:
+        step = self.loader.start_step
+        while not self.stop():
+            began = time.perf_counter()
+            batch = self._batch(step, began)
+            if batch is None:
+                return
+            yield batch
+            step += 1
+
+    def _batch(self, step: int, began: float) -> GlobalBatch | None:
+        """Return the batch of a step, or None if the sampling was cancelled."""
+        session = self.session
+        schedule: BatchSchedule = session.data.schedule
+        indices = schedule.examples(step)
+        file = RolloutFile(self.folder / f"step-{step + 1}.safetensors", trained_digest(session))
+        groups = file.read(session.run.method.group)
+        if groups is None:
+            groups = self._sample(indices, step)
+            if groups is None:
+                return None
+            if session.ranks.is_main_process:
+                file.write(groups)
+                self._remove_old_files()
+        return self._make_batch(step, indices, groups, time.perf_counter() - began)
+
+    def _sample(self, indices: list[int], step: int) -> list[list[Rollout]] | None:
+        run = self.session.run
+        decoding = Decoding(
+            run.method.answer_tokens, temperature=run.method.temperature, seed=run.train.seed
+        )
+        return self.session.sampling.sample(
+            self.session.data.train,
+            indices,
+            decoding,
+            answers=run.method.group,
+            step=step,
+            cancelled=self.stop,
+        )
+
+    def _make_batch(
+        self, step: int, indices: list[int], groups: list[list[Rollout]], seconds: float
+    ) -> GlobalBatch:
+        session = self.session
+        run = session.run
+        rewards = np.array([[each.reward for each in group] for group in groups])
+        lengths = np.array([[len(each.answer.ids) for each in group] for group in groups])
+        finished = [each.answer.finished for group in groups for each in group]
+        weights = answer_weights(rewards, lengths, run.method)
+        has_variance = (rewards != rewards[:, :1]).any(1)
+        self._warn_without_variance(bool(has_variance.any()))
+        # A group of equal rewards has no gradient, unless there is a KL penalty.
+        computed = has_variance | (run.method.beta > 0)
+        if not computed.any():
+            computed[0] = True  # an update needs a batch
+        examples: list[Example] = []
+        for i, group, group_weights, is_computed in zip(
+            indices, groups, weights, computed, strict=True
+        ):
+            if is_computed:
+                prompt = prompt_of(session.data.train[i], i)
+                answers = [each.answer for each in group]
+                examples += self._examples(prompt, answers, group_weights.tolist())
+        micro = [batch for _, batch in self.loader.layout.batches(examples, self._max_tokens())]
+        return GlobalBatch(
+            step=step,
+            epoch=session.data.schedule.epoch(step),
+            micro=[batch.to(session.device) for batch in micro],
+            tokens=sum(len(example.ids) for example in examples),
+            supervised=int(lengths.sum()),
+            examples=len(indices),
+            indices=indices,
+            first_micro=session.mesh.data_rank * len(micro),
+            idle_share=0.0,
+            chosen_tokens=0,
+            mismatched=[],
+            source=session.data.train,
+            data_seconds=seconds,
+            extra={
+                "reward": float(rewards.mean()),
+                "answer_length": float(lengths.mean()),
+                "cut_share": 1 - float(np.mean(finished)),
+                "groups_with_variance": float(has_variance.mean()),
+                "rollout_seconds": seconds,
+            },
+        )
+
+    def _max_tokens(self) -> int:
+        """Return the maximum number of tokens of a micro batch."""
+        size = self.loader.micro_batch
+        tokens = size.amount
+        if size.unit == "examples":
+            tokens *= self.session.run.row_tokens
+        return min(tokens, self.loader.row_length or tokens)
+
+    def _examples(
+        self, prompt: Prompt, answers: Sequence[SampledIds], weights: Sequence[float]
+    ) -> Iterator[Example]:
+        """Yield a group as examples that fit into a micro batch. Each has the prompt once."""
+        limit = self._max_tokens() if self.loader.layout.packed else 0
+        pieces: list[list[int]] = []
+        size = 0
+        for n, answer in enumerate(answers):
+            # A later sequence stores the last token of the prompt again, because the target of this
+            # token is the first token of the answer.
+            added = len(answer.ids) + 1
+            if not pieces or size + added > limit:
+                pieces.append([])
+                size = len(prompt.ids) - 1
+            size += added
+            pieces[-1].append(n)
+        for piece in pieces:
+            ids = [np.array([*prompt.ids, *answers[n].ids], np.int32) for n in piece]
+            yield Example(
+                np.concatenate(ids),
+                np.concatenate([np.arange(len(each)) >= len(prompt.ids) for each in ids]),
+                sequences=tuple(map(len, ids)),
+                shared=len(prompt.ids) - 1,
+                weights=tuple(weights[n] for n in piece),
+                sampled=np.concatenate([np.array(answers[n].logprobs, np.float32) for n in piece]),
+            )
+
+    def _warn_without_variance(self, has_variance: bool) -> None:
+        self.without_variance = 0 if has_variance else self.without_variance + 1
+        if self.without_variance == STEPS_WITHOUT_VARIANCE:
+            log.warning(
+                f"in {STEPS_WITHOUT_VARIANCE} steps all answers to each prompt had the same "
+                "reward, so the model learns nothing: use harder or easier prompts, or a reward "
+                "with more than two values"
+            )
+
+    def _remove_old_files(self) -> None:
+        """Remove the files of steps that no kept checkpoint can repeat."""
+        oldest = min(list_checkpoints(self.folder.parent), default=0)
+        for path in self.folder.glob("step-*.safetensors"):
+            if int(path.stem.removeprefix("step-")) <= oldest:
+                path.unlink(missing_ok=True)
+
+
+class RolloutFile:
+    """The sampled answers of one step: token ids, log-probabilities and rewards.
+
+    A resumed run reads the file if the trained weights are those that drew the answers.
+
+    Args:
+        weights: digest of the trained weights; "" if it is not known.
+    """
+
+    def __init__(self, path: Path, weights: str) -> None:
+        self.path = path
+        self.weights = weights
+
+    def write(self, groups: Sequence[Sequence[Rollout]]) -> None:
+        answers = [each for group in groups for each in group]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        save_file(
+            {
+                "ids": np.concatenate([np.array(a.answer.ids, np.int32) for a in answers]),
+                "logprobs": np.concatenate([np.array(a.answer.logprobs) for a in answers]),
+                "lengths": np.array([len(a.answer.ids) for a in answers], np.int32),
+                "finished": np.array([a.answer.finished for a in answers]),
+                "rewards": np.array([a.reward for a in answers]),
+            },
+            partial,
+            metadata={"weights": self.weights},
+        )
+        partial.replace(self.path)
+
+    def read(self, group: int) -> list[list[Rollout]] | None:
+        """Return the groups of answers. Return None if there is no file of the same weights."""
+        if not self.weights or not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, "numpy") as file:
+                if (file.metadata() or {}).get("weights") != self.weights:
+                    return None
+                names = ("ids", "logprobs", "lengths", "finished", "rewards")
+                arrays = {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError):
+            return None
+        edges = np.cumsum(arrays["lengths"])[:-1]
+        answers = []
+        for ids, logprobs, finished, reward in zip(
+            np.split(arrays["ids"], edges),
+            np.split(arrays["logprobs"], edges),
+            arrays["finished"].tolist(),
+            arrays["rewards"].tolist(),
+            strict=True,
+        ):
+            answer = SampledIds(ids.tolist(), logprobs.tolist(), finished)
+            answers.append(Rollout(answer, reward))
+        return [answers[n : n + group] for n in range(0, len(answers), group)]
+
+
+def trained_digest(session: Session) -> str:
+    """Return the SHA-256 of an adapter's weights.
+
+    Return "" in full fine-tuning, because hashing all weights in each step would take long.
+    """
+    if session.run.adapter.kind == "none":
+        return ""
+    digest = hashlib.sha256()
+    for name, parameter in session.model.trained_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

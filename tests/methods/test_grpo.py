@@ -1,0 +1,226 @@
+"""GRPO against its formulas in float64, and against TRL's loss on the same answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recipes import built_model, make_run
+from tunesmith.adapter import lora
+from tunesmith.config.schema import MethodConfig
+from tunesmith.data.batches.layout import Layout
+from tunesmith.data.text.example import Example
+from tunesmith.inference.sampler import Prompt, SampledIds
+from tunesmith.methods import make_method
+from tunesmith.methods.base import StepTotals, TrainModel
+from tunesmith.methods.grpo import answer_weights
+from tunesmith.training.rollouts import Rollouts
+
+GROUP = 4
+PROMPTS = [Prompt([9, 8, 7, 6, 5]), Prompt([30 + n for n in range(17)]), Prompt([3])]
+LENGTHS = np.array([[6, 1, 9, 3], [2, 2, 14, 5], [4, 8, 1, 1]])
+REWARDS = np.array([[1.0, 0.0, 0.0, 0.25], [0.5, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+VARIANTS = ("dapo", "grpo", "dr_grpo", "rloo")
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainModel:
+    root = built_model(make_run(tiny, tmp_path_factory.mktemp("run")), tiny).double().train()
+    torch.manual_seed(1)
+    for _, layer in lora.loras(root.model):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    root.reference = lambda: lora.disabled(root.model)
+    return root
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[list[SampledIds]]:
+    random = np.random.default_rng(0)
+    return [
+        [SampledIds(random.integers(9, 250, n).tolist(), (-random.random(n)).tolist()) for n in row]
+        for row in LENGTHS
+    ]
+
+
+def config(**changes: Any) -> MethodConfig:
+    return MethodConfig(name="grpo", **{"beta": 0.0, "answer_tokens": 20, **changes})
+
+
+def examples_of(
+    answers: list[list[SampledIds]], weights: np.ndarray, max_tokens: int, *, packed: bool = True
+) -> list[Example]:
+    rollouts = SimpleNamespace(
+        _max_tokens=lambda: max_tokens, loader=SimpleNamespace(layout=Layout(0, packed))
+    )
+    examples: list[Example] = []
+    for prompt, group, row in zip(PROMPTS, answers, weights.tolist(), strict=True):
+        examples += Rollouts._examples(rollouts, prompt, group, row)  # type: ignore[arg-type]
+    return examples
+
+
+def gradients(model: TrainModel) -> Tensor:
+    return torch.cat([p.grad.flatten() for _, p in model.trained_parameters()])  # type: ignore[union-attr]
+
+
+def run_batches(
+    model: TrainModel, method: MethodConfig, examples: list[Example], *, packed: bool, size: int
+) -> tuple[float, Tensor, dict[str, float]]:
+    model.method = make_method(method)
+    model.zero_grad()
+    count = int(LENGTHS.sum())
+    loss, metrics = 0.0, dict.fromkeys(model.method.metrics, 0.0)
+    for _, batch in Layout(0, packed).batches(examples, size):
+        with model.step_context(batch):
+            output = model(batch, lambda m, b: m.method(m, b, StepTotals(len(PROMPTS))))
+            (output.loss / count).backward()
+        loss += float(output.loss) / count
+        for name, value in output.metrics.items():
+            metrics[name] += float(value) / count
+    return loss, gradients(model), model.method.finish(metrics)
+
+
+def written_out(
+    model: TrainModel, method: MethodConfig, answers: list[list[SampledIds]]
+) -> tuple[float, Tensor]:
+    """Each answer by itself, through Transformers' forward, and the loss as its paper has it."""
+    model.zero_grad()
+    per_answer = []
+    model.use_attention("generate")
+    for prompt, group in zip(PROMPTS, answers, strict=True):
+        for answer in group:
+            ids = torch.tensor([[*prompt.ids, *answer.ids]])
+            start = len(prompt.ids)
+
+            def logprobs(ids: Tensor = ids, start: int = start) -> Tensor:
+                logits = model.model(ids).logits[0, start - 1 : -1] / method.temperature
+                return logits.log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
+
+            logp = logprobs()
+            with torch.no_grad(), lora.disabled(model.model):
+                base = logprobs()
+            # Schulman's k3, and the ratio of p to itself.
+            kl = (base - logp).exp() - (base - logp) - 1
+            per_answer.append(((logp - logp.detach()).exp(), kl))
+    model.use_attention("training")
+    rewards = torch.tensor(REWARDS)
+    means = rewards.mean(1, keepdim=True)
+    flat = []
+    tokens = float(LENGTHS.sum())
+    total = torch.zeros((), dtype=torch.float64)
+    if method.variant == "grpo":
+        advantages = (rewards - means) / (rewards.std(1, keepdim=True) + 1e-4)
+    elif method.variant == "rloo":
+        advantages = rewards - (rewards.sum(1, keepdim=True) - rewards) / (GROUP - 1)
+    else:
+        advantages = rewards - means
+    flat = advantages.flatten().tolist()
+    for advantage, (ratio, kl) in zip(flat, per_answer, strict=True):
+        objective = (advantage * ratio).sum()
+        share = {
+            "dapo": 1 / tokens,
+            "grpo": 1 / len(ratio) / len(flat),
+            "dr_grpo": 1 / (len(flat) * method.answer_tokens),
+            "rloo": 1 / len(flat),
+        }[method.variant]
+        total = total - objective * share + method.beta * kl.sum() / tokens
+    total.backward()
+    return float(total), gradients(model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_are_those_of_the_formulas(
+    variant: str, model: TrainModel, answers: list[list[SampledIds]]
+) -> None:
+    """Packed or not, prompts shared or apart, groups whole or cut: 1e-12 and 1e-10 in float64."""
+    method = config(variant=variant, beta=0.05 if variant == "dapo" else 0.0)
+    loss, gradient = written_out(model, method, answers)
+    weights = answer_weights(REWARDS, LENGTHS, method)
+    for packed, cut, size in ((True, 1000, 1000), (True, 20, 40), (True, 1, 30), (False, 0, 60)):
+        examples = examples_of(answers, weights, cut, packed=packed)
+        found, ours, _ = run_batches(model, method, examples, packed=packed, size=size)
+        assert found == pytest.approx(loss, abs=1e-12)
+        assert float((ours - gradient).abs().max()) < 1e-10
+
+
+def test_a_group_is_cut_where_it_does_not_fit(answers: list[list[SampledIds]]) -> None:
+    weights = np.arange(12.0).reshape(3, 4)
+    whole = examples_of(answers, weights, 1000)
+    assert [example.sequence_count for example in whole] == [4, 4, 4]
+    cut = examples_of(answers, weights, 24)
+    assert all(x.row_length <= 24 or x.sequence_count == 1 for x in cut)
+    assert [weight for x in cut for weight in x.weights] == list(range(12))
+    for examples in (whole, cut):
+        assert sum(x.supervised for x in examples) == LENGTHS.sum()
+    # The tokens that are trained are the sampled ones.
+    ids = np.concatenate([x.ids[x.trained] for x in cut])
+    assert ids.tolist() == [token for group in answers for each in group for token in each.ids]
+
+
+def test_temperature_and_metrics(model: TrainModel, answers: list[list[SampledIds]]) -> None:
+    method = config(temperature=0.7)
+    weights = answer_weights(REWARDS, LENGTHS, method)
+    _, gradient = written_out(model, method, answers)
+    # Half of the groups are computed; metrics are means over their tokens.
+    examples = examples_of(answers, weights, 1000)
+    _, ours, metrics = run_batches(model, method, examples, packed=True, size=1000)
+    assert float((ours - gradient).abs().max()) < 1e-10
+    _, _, fewer = run_batches(model, method, examples[:1], packed=True, size=1000)
+    sampled = [lp for each in answers[0] for lp in each.logprobs]
+    assert fewer["entropy_sample"] == pytest.approx(-np.mean(sampled), rel=1e-6)
+    assert set(metrics) == {"kl_sampler", "entropy_sample"}
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_trl(
+    tiny: Path, model: TrainModel, answers: list[list[SampledIds]], tmp_path: Path
+) -> None:
+    """dapo and grpo, beta 0: TRL's own loss on these answers, in float64."""
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = datasets.Dataset.from_list([{"prompt": "a"}] * 12)
+    for variant in ("dapo", "grpo"):
+        arguments = GRPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, report_to=[], beta=0.0, loss_type=variant,
+            per_device_train_batch_size=12, num_generations=4, max_completion_length=20, bf16=False,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=model.model, args=arguments, reward_funcs=lambda **_: [0.0],
+            train_dataset=rows, processing_class=tokenizer,
+        )  # fmt: skip
+        model.use_attention("generate")
+        method = config(variant=variant)
+        rewards = torch.tensor(REWARDS)
+        advantages = rewards - rewards.mean(1, keepdim=True)
+        if variant == "grpo":
+            advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+        flat = [answer.ids for group in answers for answer in group]
+        prompts = [list(p.ids) for p in PROMPTS for _ in range(GROUP)]
+        left, width = max(map(len, prompts)), max(map(len, flat))
+        inputs = {
+            "prompt_ids": torch.tensor([[0] * (left - len(p)) + p for p in prompts]),
+            "prompt_mask": torch.tensor([[0] * (left - len(p)) + [1] * len(p) for p in prompts]),
+            "completion_ids": torch.tensor([a + [0] * (width - len(a)) for a in flat]),
+            "completion_mask": torch.tensor([[1] * len(a) + [0] * (width - len(a)) for a in flat]),
+            "advantages": advantages.flatten(),
+            "num_items_in_batch": torch.tensor(float(LENGTHS.sum())),
+        }
+        trainer.current_gradient_accumulation_steps = 1
+        model.zero_grad()
+        theirs = trainer._compute_loss(model.model, inputs)
+        theirs.backward()
+        gradient = gradients(model)
+        model.use_attention("training")
+        weights = answer_weights(REWARDS, LENGTHS, method)
+        examples = examples_of(answers, weights, 1000)
+        loss, ours, _ = run_batches(model, method, examples, packed=True, size=1000)
+        assert loss == pytest.approx(float(theirs), abs=1e-4)
+        assert torch.allclose(ours, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))

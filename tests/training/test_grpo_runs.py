@@ -1,0 +1,126 @@
+"""Reinforcement learning: it learns, and a run that is resumed or on ranks is the same run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from errors import refuses
+from recipes import make_run, merge
+from tunesmith.errors import DataError, StoppedError
+from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.training.result import Result
+from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
+
+REWARD = """
+def letters(answer, row):
+    \"\"\"The share of the letters a to e.\"\"\"
+    return sum(letter in "abcde" for letter in answer) / max(1, len(answer))
+"""
+RL: dict[str, Any] = {
+    "method": {"name": "grpo", "reward": "r.py:letters", "group": 4, "answer_tokens": 8},
+    "train": {"duration": "4 steps", "global_batch": "4 examples", "schedule": "constant"},
+    "validate": {"every": "2 steps"},
+}
+
+
+def go(model: Path, folder: Path, changes: Any = None, **options: Any) -> Result:
+    folder.mkdir(exist_ok=True)
+    (folder / "r.py").write_text(REWARD)
+    return train(make_run(model, folder, **merge(RL, changes or {})), quiet=True, **options)
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """The records without times."""
+    timed = ("seconds", "per_second", "gpu", "host", "memory", "mfu")
+    return [
+        {key: value for key, value in r.values().items() if not any(t in key for t in timed)}
+        for r in read_records(folder / "run" / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    tensors = load_file(folder / "run" / "final" / "adapter_model.safetensors")
+    return {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+def rollouts(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    return {path.name: load_file(path) for path in sorted((folder / "run/rollouts").iterdir())}
+
+
+def test_it_learns(tiny: Path, tmp_path: Path) -> None:
+    changes = {"train": {"duration": "20 steps", "learning_rate": 5e-3, "warmup": "0 steps"}}
+    changes |= {"method": {"group": 16}, "adapter": {"kind": "none"}}
+    go(tiny, tmp_path, changes)
+    records = numbers(tmp_path)
+    rewards = [record["reward"] for record in records]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+    # The trainer's probabilities are those of the sampler: fp32 on a CPU.
+    assert max(record["kl_sampler"] for record in records) < 1e-8
+    assert records[-1]["val_reward"] > rewards[0] + 0.3
+    assert records[-1]["val_loss"] == pytest.approx(1 - records[-1]["val_reward"])
+
+
+def stop_at_2(record: StepRecord) -> None:
+    if record.step == 2:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_a_resumed_run_is_the_undisturbed_one(kind: str, tiny: Path, tmp_path: Path) -> None:
+    changes = {"adapter": {"kind": kind}} if kind == "none" else {}
+    go(tiny, tmp_path / "whole", changes)
+    with pytest.raises(StoppedError):
+        go(tiny, tmp_path / "cut", changes, on_record=stop_at_2)
+    go(tiny, tmp_path / "cut", changes)
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    if kind == "lora":
+        assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    ours, theirs = rollouts(tmp_path / "cut"), rollouts(tmp_path / "whole")
+    for name, arrays in ours.items():
+        assert all(np.array_equal(arrays[key], theirs[name][key]) for key in arrays)
+
+
+def test_a_changed_scorer_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        go(tiny, tmp_path, on_record=stop_at_2)
+    text = REWARD.replace("abcde", "abcd")
+    (tmp_path / "r.py").write_text(text)
+    with refuses(DataError) as refused:
+        train(make_run(tiny, tmp_path, **RL), quiet=True)
+    assert refused.value.where.startswith("method.reward: ")
+
+
+def test_rewards_that_are_always_0_are_refused_before_the_weights_are_read(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """The rows' own answers have a reward of 0: the scorer does not fit the rows."""
+    (tmp_path / "r.py").write_text("def letters(answer, row):\n    return 0.0\n")
+    with refuses(DataError, where="method.reward"):
+        train(make_run(tiny, tmp_path, **RL), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_and_files_hold_the_answers(tiny: Path, tmp_path: Path) -> None:
+    go(tiny, tmp_path)
+    record = numbers(tmp_path)[-1]
+    files = rollouts(tmp_path)
+    # Files that no kept checkpoint can repeat are removed.
+    assert [*files] == ["step-3.safetensors", "step-4.safetensors"]
+    file = files["step-4.safetensors"]
+    assert len(file["lengths"]) == len(file["rewards"]) == 16
+    assert file["lengths"].sum() == len(file["ids"]) == record["supervised_tokens"]
+    assert record["reward"] == pytest.approx(file["rewards"].mean())
+    assert record["cut_share"] == pytest.approx(1 - file["finished"].mean())
+    groups = file["rewards"].reshape(4, 4)
+    assert record["groups_with_variance"] == (groups != groups[:, :1]).any(1).mean()
+    text = (tmp_path / "run" / "env.json").read_text()
+    assert len(json.loads(text)["reward_hash"]) == 64
