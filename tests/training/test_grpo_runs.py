@@ -57,15 +57,16 @@ def rollouts(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def test_it_learns(tiny: Path, tmp_path: Path) -> None:
-    changes = {"train": {"duration": "20 steps", "learning_rate": 5e-3, "warmup": "0 steps"}}
-    changes |= {"method": {"group": 16}, "adapter": {"kind": "none"}}
+    changes = {"train": {"duration": "12 steps", "learning_rate": 5e-3, "warmup": "0 steps"}}
+    changes |= {"method": {"group": 8}, "adapter": {"kind": "none"}}
+    changes |= {"validate": {"every": "12 steps"}}
     go(tiny, tmp_path, changes)
     records = numbers(tmp_path)
     rewards = [record["reward"] for record in records]
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+    assert np.mean(rewards[-3:]) > 4 * np.mean(rewards[:3])
     # The trainer's probabilities are those of the sampler: fp32 on a CPU.
-    assert max(record["kl_sampler"] for record in records) < 1e-8
-    assert records[-1]["val_reward"] > rewards[0] + 0.3
+    assert all(0 <= record["kl_sampler"] < 1e-8 for record in records)
+    assert records[-1]["val_reward"] > 4 * rewards[0]
     assert records[-1]["val_loss"] == pytest.approx(1 - records[-1]["val_reward"])
 
 

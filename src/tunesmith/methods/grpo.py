@@ -66,8 +66,9 @@ def k3(logprobs: Tensor, others: Tensor) -> Tensor:
     Args:
         logprobs, others: log-probabilities of the tokens under p and q.
     """
-    difference = others - logprobs
-    return difference.exp() - 1 - difference
+    # In fp32 the result would be lost in rounding, because it is about difference ** 2 / 2.
+    difference = (others - logprobs).double()
+    return torch.expm1(difference) - difference
 
 
 class GroupRelativePolicyOptimization(Method):
@@ -99,9 +100,9 @@ class GroupRelativePolicyOptimization(Method):
             assert model.reference is not None
             with evaluating(model), model.reference():
                 reference = self._logprobs(model, batch)
-            kl_base = k3(logprobs, reference).double().sum()
+            kl_base = k3(logprobs, reference).sum()
             loss = loss + self.config.beta * kl_base
-        sampler = k3(sequences.sampled, logprobs.detach()).double().sum()
+        sampler = k3(sequences.sampled, logprobs.detach()).sum()
         values = {
             "trained_share": torch.full_like(loss, batch.supervised),
             "kl_sampler": sampler,
