@@ -1,4 +1,4 @@
-"""Does reinforcement learning work: three tasks on the demo model, exact match on held-out rows.
+"""Does reinforcement learning work: two tasks on the demo model, exact match on held-out rows.
 
     python benchmarks/parity/rl_tasks.py --json docs/measurements/rl-tasks.json [--task sum] [key=value ...]
 
@@ -57,16 +57,9 @@ def reversed_words() -> list[tuple[str, str]]:
     return [(f"Write these two words in reverse order: {a} {b}", f"{b} {a}") for a, b in pairs]
 
 
-def larger() -> list[tuple[str, str]]:
-    pairs = [(a, b) for a in range(1, 60, 4) for b in range(2, 60, 5) if a != b]
-    ask = "Which number is larger, {} or {}? Reply with the number only."
-    return [(ask.format(a, b), str(max(a, b))) for a, b in pairs]
-
-
 TASKS = {
     "sum": (sums, "rewards.py:total", 16),
     "reversed words": (reversed_words, "rewards.py:words", 16),
-    "larger number": (larger, "exact", 8),
 }
 
 

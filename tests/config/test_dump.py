@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tunesmith.config.dump import differences, digest, dump, to_mapping, to_yaml
 from tunesmith.config.load import load_recipe
+from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node, read_file, read_value, scalar
 from tunesmith.errors import RecipeError
@@ -128,3 +129,17 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     except RecipeError as refused:
         assert refused.where == "here"  # noqa: PT017
         assert refused.fix  # noqa: PT017
+
+
+def test_the_file_of_a_reward_is_an_input_and_moves_with_its_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "model: {name: org/model}\noutput_dir: runs/x\n"
+        "method: {name: grpo, reward: [exact, 'r.py:score']}\n"
+        "data: {train: {source: org/rows, format: messages}}\n"
+    )
+    run = load_recipe(tmp_path / "a.yaml")
+    assert run.method.reward == ("exact", f"{tmp_path / 'r.py'}:score")
+    files = [value for key, value in inputs_of(run).items() if key.startswith("method.reward")]
+    assert files == [str(tmp_path / "r.py")]
+    (tmp_path / "b.yaml").write_text(dump(run))
+    assert load_recipe(tmp_path / "b.yaml") == run

@@ -102,7 +102,7 @@ def _method(run: Run, places: Places) -> Iterator[Problem]:
             "is robust, but method.label_smoothing is 0, so the loss is the same as with sigmoid",
             fix="set method.label_smoothing: 0.1, or method.loss_type: sigmoid",
         )
-    if method.name in ("dpo", "orpo", "kto", "simpo") and method.beta == 0:
+    if "beta" in METHOD_KEYS[method.name] and method.name != "grpo" and method.beta == 0:
         yield Problem("method.beta", "is 0, but must be above 0", fix="set method.beta: 0.1")
     if method.name == "grpo":
         yield from _grpo(run)

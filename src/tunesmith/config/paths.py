@@ -33,6 +33,7 @@ _INPUTS = {
     "data.train.source": DATA_SUFFIXES,
     "data.validation.source": DATA_SUFFIXES,
     "data.template": (),
+    "method.reward": (".py",),
 }
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
@@ -60,11 +61,17 @@ def inputs_of(run: Run) -> dict[str, str]:
 
     An input is an absolute path, a Hub id or the name of a template.
     """
-    return {
-        key: str(value)
-        for key, value in flatten(run).items()
-        if value is not None and without_indices(key) in _INPUTS
-    }
+    inputs = {}
+    for key, value in flatten(run).items():
+        name = without_indices(key)
+        if value is not None and name in _INPUTS and name != "method.reward":
+            inputs[key] = str(value)
+    reward = run.method.reward
+    for scorer in (reward,) if isinstance(reward, str) else reward:
+        file, function = _split_function(scorer)
+        if function:
+            inputs[f"method.reward {function[1:]}"] = file
+    return inputs
 
 
 def is_place(key: str) -> bool:
@@ -90,17 +97,17 @@ def resolve_paths(node: Node, key: str = "", *, relative_to: Path | None = None)
         return replace(node, value=list(children.values()))
     name = without_indices(key)
     text = node.value
-    if name == "method.reward" and isinstance(text, str) and ".py:" in text:
-        file, _, function = text.rpartition(":")
-        path = os.path.abspath(node.base / os.path.expanduser(file))
-        if relative_to is not None:
-            path = os.path.relpath(path, relative_to)
-        return replace(node, value=f"{path}:{function}")
     if not isinstance(text, str) or name not in (*_OUTPUTS, *_INPUTS):
         return node
+    function = ""
+    if name == "method.reward":
+        text, function = _split_function(text)
+        # The name of a scorer of tunesmith is not a path.
+        if not function:
+            return node
     path = _resolve(text, name, node, key)
     if relative_to is None:
-        return replace(node, value=path)
+        return replace(node, value=path + function)
     if path == text or name in _OUTPUTS:
         return node
     relative = os.path.relpath(path, relative_to)
@@ -109,7 +116,13 @@ def resolve_paths(node: Node, key: str = "", *, relative_to: Path | None = None)
     entered = os.path.realpath(os.path.join(os.path.realpath(relative_to), relative))
     if entered != os.path.realpath(path):
         relative = path
-    return replace(node, value=relative, base=relative_to)
+    return replace(node, value=relative + function, base=relative_to)
+
+
+def _split_function(text: str) -> tuple[str, str]:
+    """Split `file.py:function` into the file and `:function`, which is "" for other texts."""
+    file, colon, function = text.rpartition(":")
+    return (file, colon + function) if file.endswith(".py") else (text, "")
 
 
 def _resolve(text: str, name: str, node: Node, key: str) -> str:

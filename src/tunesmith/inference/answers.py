@@ -115,6 +115,33 @@ def answer_batch(
         if streamer:
             streamer.end()
         return [cut_answer(tokenizer, each.ids, stops) for each in sampled]
+    written = _generate(
+        model,
+        prompts,
+        decoding,
+        stops=stops,
+        answers=answers,
+        pad_id=pad_id,
+        cancelled=cancelled,
+        streamer=_Streamer(tokenizer, write, skips_prompt=True) if write else None,
+        synced=synced,
+    )
+    return [cut_answer(tokenizer, ids, stops) for ids in written]
+
+
+def _generate(
+    model: TrainModel,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    *,
+    stops: Collection[int],
+    answers: int,
+    pad_id: int,
+    cancelled: Callable[[], bool],
+    streamer: _Streamer | None,
+    synced: bool,
+) -> list[list[int]]:
+    """Generate the token ids of `answer_batch` with Transformers' `generate`."""
 
     def ended(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         # Wait until the GPU has computed the token, because `cancelled` may check a time limit.
@@ -140,7 +167,7 @@ def answer_batch(
                 eos_token_id=sorted(stops) or None, pad_token_id=pad_id
             ),
             stopping_criteria=StoppingCriteriaList([ended]),
-            streamer=_Streamer(tokenizer, write, skips_prompt=True) if write else None,
+            streamer=streamer,
             synced_gpus=synced,
             **picture_inputs,
         )
@@ -161,7 +188,7 @@ def answer_batch(
                 written.update(zip(places, batch, strict=True))
     finally:
         model.model.generation_config = settings
-    return [cut_answer(tokenizer, written[place], stops) for place in sorted(written)]
+    return [written[place] for place in sorted(written)]
 
 
 def _batches_without_padding(

@@ -85,15 +85,7 @@ class Slots:
         Returns:
             [slots, heads, width of v].
         """
-        number = self._next_layer
-        self._next_layer = (number + 1) % len(self._layers)
-        if self.longest == self._layers[number].keys.shape[2]:
-            grown = (F.pad(x, (0, 0, 0, GROWTH + x.shape[2] // 2)) for x in self._layers[number])
-            self._layers[number] = LayerSlots(*grown)
-        keys, values = self._layers[number]
-        slots = torch.arange(len(q), device=q.device)
-        keys[slots, :, self.lengths] = k
-        values[slots, :, self.lengths] = v
+        keys, values = self._add_tokens(k, v)
         room = self.longest + 1
         # The query heads of a key head form one matrix: [slots, kv heads, heads per kv head, d].
         queries = q.reshape(len(q), keys.shape[1], -1, q.shape[2])
@@ -111,6 +103,21 @@ class Slots:
             scores = torch.cat([scores, column], -1)
         probabilities = scores.softmax(-1)[..., :room].to(v.dtype)
         return (probabilities @ values[:, :, :room]).flatten(1, 2)
+
+    def _add_tokens(self, k: Tensor, v: Tensor) -> LayerSlots:
+        """Store the key and value of each slot's new token for the next layer, and return all keys
+        and values of this layer.
+        """
+        number = self._next_layer
+        self._next_layer = (number + 1) % len(self._layers)
+        if self.longest == self._layers[number].keys.shape[2]:
+            grown = (F.pad(x, (0, 0, 0, GROWTH + x.shape[2] // 2)) for x in self._layers[number])
+            self._layers[number] = LayerSlots(*grown)
+        layer = self._layers[number]
+        slots = torch.arange(len(k), device=k.device)
+        layer.keys[slots, :, self.lengths] = k
+        layer.values[slots, :, self.lengths] = v
+        return layer
 
     def advance(self) -> None:
         """Count the token that the last forward has added to each slot."""

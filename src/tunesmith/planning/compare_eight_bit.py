@@ -22,7 +22,7 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.torch_private import collective
 from tunesmith.formats.fp8 import Fp8, read_bf16_rows
 from tunesmith.formats.linear import FrozenLinear
-from tunesmith.methods.base import TrainModel
+from tunesmith.methods.base import TrainModel, evaluating
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.run_dir import Phase
 from tunesmith.units import ceil_div
@@ -132,18 +132,15 @@ def set_fast_sums(layers: Iterable[FrozenLinear], fast_sums: bool) -> None:
         layer.format = Fp8(layer.format.recipe, fast_sums)
 
 
-@torch.no_grad()
 def mean_loss(model: TrainModel, batches: Sequence[Batch]) -> float:
     """Compute the method's mean loss over `batches` in eval mode."""
-    training = model.training
-    model.eval()
     loss = 0.0
     denominator = 0
-    for batch in batches:
-        output = model(batch)
-        loss += float(output.loss)
-        denominator += output.denominator
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            output = model(batch)
+            loss += float(output.loss)
+            denominator += output.denominator
     return loss / denominator
 
 

@@ -60,7 +60,9 @@ def _limit_process() -> tuple[int, int]:
     Returns:
         Descriptors of the file to which printed text is written, and of the previous stderr.
     """
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_WRITTEN_BYTES, MAX_WRITTEN_BYTES))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = MAX_WRITTEN_BYTES if hard == resource.RLIM_INFINITY else min(hard, MAX_WRITTEN_BYTES)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     # If memory runs out, the kernel kills this process first, not the training.
     with suppress(OSError):  # only Linux has this file
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -121,7 +123,7 @@ class ScorerProcess:
         """
         if self._worker is None:
             self._worker = Worker(self._function, "the scorers' process")
-            # There is no time limit, because the user's files may import large packages.
+            # Do not limit the time, because a file of the user may import large packages.
             for name in self.names:
                 self._worker(_Call(name), "--score")
         return self._worker
@@ -203,6 +205,10 @@ class ScorerPool:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self.close()
+
+    def close(self) -> None:
+        """End the processes. A later call of `scores` starts them again."""
         for process in self._processes:
             process.close()
 

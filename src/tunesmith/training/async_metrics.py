@@ -150,8 +150,9 @@ class AsyncMetrics(LoopPart):
         # Sum of the peak TFLOP/s of all ranks.
         peak = (session.peak.tflops or 0.0) * self.ranks.world or None
         mfu = None
-        # The FLOPs of sampled answers are not counted.
-        if peak and not batch.extra:
+        # The FLOPs and the idle time of batches of sampled answers are not known.
+        samples = session.model.method.samples_answers
+        if peak and not samples:
             work = session.flops(batch.indices, batch.supervised)
             mfu = ratio(work, seconds) / (peak * 1e12)
             # A value above 1 is invalid. The cause can be fp8 matmuls, which exceed the 16-bit
@@ -159,7 +160,7 @@ class AsyncMetrics(LoopPart):
             if mfu > 1:
                 mfu = None
         idle_share = None
-        if session.mesh.shape.data > 1:
+        if session.mesh.shape.data > 1 and not samples:
             idle_share = batch.idle_share
         return StepRecord(
             step=output.step,

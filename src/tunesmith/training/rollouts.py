@@ -135,7 +135,7 @@ class RewardedSampling:
             row = self._scored_row(tokens, indices[n])
             for answer in group:
                 ids = answer.ids[:-1] if answer.finished else answer.ids
-                items.append((decode(tokenizer, ids), row))
+                items.append((decode(tokenizer, ids, with_special=row.is_special), row))
         totals = np.zeros(len(items))
         for scorer, weight in zip(self.scorers, self.weights, strict=True):
             scores = self.pool.scores(scorer, items)
@@ -173,6 +173,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
 
     def __exit__(self, *exc: object) -> None:
         self.loader.close()
+        self.session.sampling.pool.close()
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         step = self.loader.start_step
@@ -189,15 +190,23 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         session = self.session
         schedule: BatchSchedule = session.data.schedule
         indices = schedule.examples(step)
-        file = RolloutFile(self.folder / f"step-{step + 1}.safetensors", trained_digest(session))
-        groups = file.read(session.run.method.group)
+        file = None
+        groups: list[list[Rollout]] | None = None
+        # Only rank 0 reads the file, because other nodes may not have it.
+        with session.ranks.raise_on_all_ranks():
+            if session.ranks.is_main_process:
+                path = self.folder / f"step-{step + 1}.safetensors"
+                file = RolloutFile(path, trained_digest(session))
+                groups = file.read(session.run.method.group)
+        groups = session.ranks.broadcast_object(groups)
         if groups is None:
             groups = self._sample(indices, step)
             if groups is None:
                 return None
-            if session.ranks.is_main_process:
-                file.write(groups)
-                self._remove_old_files()
+            with session.ranks.raise_on_all_ranks():
+                if file is not None:
+                    file.write(groups)
+                    self._remove_old_files()
         return self._make_batch(step, indices, groups, time.perf_counter() - began)
 
     def _sample(self, indices: list[int], step: int) -> list[list[Rollout]] | None:
