@@ -201,6 +201,10 @@ def test_every_shipped_recipe_takes_a_step(
         words.append("adapter.target=all-linear")
     if "-vision-" in name:
         words.append("model.vision=false")
+    if name.endswith("-grpo"):
+        columns = "{prompt: instruction, completion: output}"
+        words += [f"data.train.columns={columns}", f"data.validation.columns={columns}"]
+        words += ["method.answer_tokens=16", "data.seq_len=512"]
     assert main(words) == 0, capsys.readouterr().err
     records = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
     assert len(records) == 1
