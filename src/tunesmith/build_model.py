@@ -314,7 +314,7 @@ def reference_of(run: Run, root: TrainModel) -> Callable[[], AbstractContextMana
     method needs no reference. Also return None if all weights are trained, because
     `training/reference.py` then computes the reference's log-probabilities before training.
     """
-    is_rl = run.method.name == "grpo" and run.method.beta > 0
+    is_rl = run.samples_answers and run.method.beta > 0
     if not (is_rl or run.method.name in REFERENCE_METHODS) or run.adapter.kind == "none":
         return None
     if run.adapter.from_ is None:

@@ -57,6 +57,7 @@ RECIPE = RUN_RECIPE
 IDENTITY = RUN_IDENTITY
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+ROLLOUTS = "rollouts"  # folder of sampled answers, one file per step
 NO_FINAL_ANSWERS = "no sample answers of the final weights: "  # prefix of a line in log.txt
 HELD_OUT = "held-out.txt"  # the held-out rows, one per line: `file:line  start of the row`
 LOG = "log.txt"

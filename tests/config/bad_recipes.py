@@ -106,7 +106,7 @@ _RULES = [
     _line("kto in full by the clock", ("method=kto", "data.train.format=feedback", "adapter.kind=none", "train.duration=1 h"), "full fine-tuning with kto needs a duration in steps or epochs", "train.duration", "adapter.kind=lora"),
     _line("kto of one", ("method=kto", "train.global_batch=1 examples"), "kto needs at least two", "train.global_batch", "16 examples"),
     _line("grpo, weights", ("method={name: grpo, reward_weights: [1, 2]}",), "has 2 values, but method.reward has 1", "method", "one weight"),
-    _line("grpo, tool calls", ("method={name: grpo, reward: tool-call}",), "is tool-call, which grpo does not support", "method", "exact"),
+    _line("sft, rows without answers", ("data.train.format=prompt",), "is prompt, a row format that method sft cannot use", "data.train.format", "method=grpo"),
     _line("grpo, all answers", ("method=grpo", "data.train_on=all"), "answers the last question", "data.train_on", "last"),
     _line("grpo, penalty in full", ("method={name: grpo, beta: 0.1}", "adapter.kind=none"), "not available in full fine-tuning", "method", "lora"),
     _line("grpo, tensor", ("method=grpo", "parallel.tensor=2"), "does not support tensor parallelism", "parallel.tensor", "1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,28 @@ def test_what_is_clear_is_found(row: Row | str, form: str, read: str) -> None:
     columns = {part.partition("=")[0]: part.rpartition("=")[2] for part in read.split()}
     assert (layout.format, layout.columns) == (form, columns)
     assert {*layout.ignored} == row.keys() - {*columns.values()}
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "read"),
+    [
+        ("question target", "prompt", "prompt=question"),
+        ({"prompt": TURNS[:1], "target": 3}, "prompt", "prompt"),
+        ({"messages": TURNS[:1], "tools": TOOLS}, "prompt", "prompt=messages tools"),
+        # An own answer is read if there is one.
+        (PAIR, "prompt-completion", "prompt completion"),
+        (CHAT, "messages", "messages"),
+    ],
+)
+def test_rows_without_an_answer_are_found_if_answers_are_sampled(
+    row: Row | str, form: str, read: str
+) -> None:
+    row = texts(*row.split()) if isinstance(row, str) else row
+    columns = {part.partition("=")[0]: part.rpartition("=")[2] for part in read.split()}
+    layout = found(row, row, source=Source(source="rows", format="prompt"))
+    assert (layout.format, layout.columns) == (form, columns)
+    with pytest.raises(DataError) if form == "prompt" else nullcontext():
+        assert found(row, row).format != "prompt"
 
 
 # A row, and what the fix proposes.

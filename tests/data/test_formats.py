@@ -104,6 +104,17 @@ def test_completions_and_texts() -> None:
     assert read({"body": "héllo 🎉"}, "text", text="body") == Text("héllo 🎉")
 
 
+def test_prompts_have_an_empty_answer() -> None:
+    assert read({"prompt": "2 + 2?", "target": 4}, "prompt") == Completion("2 + 2?", "", None)
+    empty = {"role": "assistant", "content": ""}
+    chat = read({"prompt": [S, U], "target": 4}, "prompt")
+    assert (chat.messages, chat.prompt_messages) == ([S, U, empty], 2)
+    with_tools = read({"prompt": "2 + 2?", "tools": [WRAPPED]}, "prompt")
+    assert with_tools.messages[-1] == empty
+    with refuses(DataError, where="x row 1"):
+        read({"prompt": [U, A]}, "prompt")
+
+
 def test_a_system_message_for_conversations_without_one() -> None:
     assert read({"messages": [U, A]}, "messages", "S").messages == [S, U, A]
     own = {"role": "system", "content": "own"}

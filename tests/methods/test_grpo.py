@@ -16,6 +16,7 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import MethodConfig
 from tunesmith.data.batches.layout import Layout
 from tunesmith.data.text.example import Example
+from tunesmith.errors import RunError
 from tunesmith.inference.sampler import Prompt, SampledIds
 from tunesmith.methods import make_method
 from tunesmith.methods.base import StepTotals, TrainModel
@@ -160,6 +161,14 @@ def test_a_group_is_cut_where_it_does_not_fit(answers: list[list[SampledIds]]) -
     # The tokens that are trained are the sampled ones.
     ids = np.concatenate([x.ids[x.trained] for x in cut])
     assert ids.tolist() == [token for group in answers for each in group for token in each.ids]
+
+
+def test_a_sampler_that_differs_from_the_trainer_is_a_fault() -> None:
+    method = make_method(config())
+    assert method.find_fault({"kl_sampler": 0.009}) is None
+    fault = method.find_fault({"kl_sampler": 0.011})
+    assert isinstance(fault, RunError)
+    assert fault.where == "kl_sampler"
 
 
 def test_temperature_and_metrics(model: TrainModel, answers: list[list[SampledIds]]) -> None:

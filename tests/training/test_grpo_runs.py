@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from transformers import LlamaConfig
 
 from errors import refuses
-from recipes import make_run, merge
+from invoke import invoke
+from recipes import make_run, merge, recipe
 from tunesmith.errors import DataError, StoppedError
 from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.reader.rollouts import read_groups
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 
@@ -108,6 +112,53 @@ def test_rewards_that_are_always_0_are_refused_before_the_weights_are_read(
     with refuses(DataError, where="method.reward"):
         train(make_run(tiny, tmp_path, **RL), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def command(*words: object) -> str:
+    """Run a command, and return what it printed."""
+    done = invoke(*words)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def test_rows_without_an_answer_are_scored_by_their_columns(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers and their rewards are on the report page, and the plan counts the batch."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"Say {letter}", "letter": letter} for letter in "aeioutrn" * 3]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("r.py").write_text("def own(answer, row):\n    return float(row['letter'] in answer)\n")
+    train = {"format": "prompt", "columns": {"prompt": "question"}}
+    # With a KL penalty, the groups of equal rewards are in the batch too.
+    method = {"reward": "r.py:own", "group": 8, "beta": 0.01}
+    changes = merge(RL, {"data": {"train": train}, "method": method})
+    Path("r.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False, **changes)))
+    command("data", "r.yaml")
+    command("train", "r.yaml")
+    [first, *_] = records = numbers(tmp_path)
+    lines = command("data", "--rollouts", "run", "4").splitlines()
+    assert sum(line.startswith("── ") for line in lines) == 4
+    shown = [float(line[1:5]) for line in lines if re.match(r"\[[01]\.00\] ", line)]
+    assert np.mean(shown) == pytest.approx(records[-1]["reward"])
+    groups = read_groups(Path("run/rollouts/step-4.safetensors"))
+    for place, prompt, answers in groups:
+        letter = rows[int(place.rpartition(":")[2]) - 1]["letter"]
+        assert f"Say {letter}" in prompt
+        assert [reward for reward, _ in answers] == [float(letter in text) for _, text in answers]
+    command("report", "run")
+    best = max(answers[0][0] for _, _, answers in groups)
+    assert f"step 4, reward {best:.2f}" in Path("report.html").read_text()
+    report = json.loads(command("plan", "r.yaml", "--json"))
+    # The plan assumes that no answer ends early. It counts what a template writes after an answer as
+    # a part of the prompt: 1 token of 32.
+    missing = 4 * 8 * (8 - first["answer_length"])
+    planned = report["work"]["step"][0] * report["work"]["whole"]
+    assert planned == pytest.approx(first["tokens"] + missing, rel=0.04)
+    memory = report["meshes"][0]["plan"]["memory"]
+    model = LlamaConfig.from_pretrained(tiny)
+    keys = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    assert memory["slots"] == 64 * (128 + 64) * keys * 4 < memory["rollouts"]
 
 
 def test_records_and_files_hold_the_answers(tiny: Path, tmp_path: Path) -> None:

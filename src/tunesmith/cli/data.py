@@ -7,6 +7,8 @@ example:
   tunesmith data my-recipe.yaml data.train_on=last --rows 10
   tunesmith data runs/my-run  # the rows of a run
   tunesmith data my-recipe.yaml --json > tokens.json
+  # the sampled answers of step 20, with their rewards
+  tunesmith data --rollouts runs/my-grpo 20
 
 Supervised tokens are green, or between ⟦ and ⟧ if colors are off. The
 command also prints counts, lengths, packing, the number of optimizer steps,
@@ -15,11 +17,13 @@ the Hub, only the tokenizer and the configuration are downloaded.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from tunesmith.cli.options import add_json
 from tunesmith.cli.recipe_options import RECIPE_HELP, add_recipe, chosen_recipe
 from tunesmith.config.shipped import shipped
+from tunesmith.host.streams import show
 from tunesmith.run_dir import RECIPE
 
 LOADS_TORCH = "in ranks"
@@ -30,10 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="number of rows to show (default: 3)"
     )
+    parser.add_argument(
+        "--rollouts",
+        nargs=2,
+        metavar=("RUN", "STEP"),
+        help="show the sampled answers of a step of a run with method grpo, with their rewards",
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.rollouts:
+        from tunesmith.reader.rollouts import rollout_lines
+
+        folder, step = args.rollouts
+        show("\n".join(rollout_lines(Path(folder), step)), sys.stdout)
+        return
     run_dir = _run_dir(args.recipe)
     if run_dir is not None:
         args.recipe = str(run_dir / RECIPE)

@@ -17,10 +17,11 @@ from tunesmith.data.compare.splits import Splits
 from tunesmith.data.prepare import TrainingData
 from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.host.streams import show, visible, width_of
-from tunesmith.presentation.data import data_lines, data_warnings, histogram
+from tunesmith.presentation.data import data_lines, data_warnings, histogram, reward_lines
 from tunesmith.stages.inputs import read_inputs
 from tunesmith.stages.model import ModelFacts
 from tunesmith.stages.request import Request
+from tunesmith.stages.rewards import own_rewards
 from tunesmith.units import count_of
 
 # Maximum number of row locations in each list of findings in the JSON output.
@@ -53,6 +54,8 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
     show("\n".join(data_lines(prepared)), sys.stdout)
+    if prepared.run.samples_answers:
+        show("\n".join(reward_lines(own_rewards(prepared.run, prepared))), sys.stdout)
 
 
 def segments(

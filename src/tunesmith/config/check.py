@@ -24,6 +24,8 @@ METHOD_FORMATS: dict[str, FormatName] = {
     "simpo": "preference",
     "kto": "feedback",
 }
+# Formats that `sft` cannot use.
+FORMATS_OF_METHODS = {*METHOD_FORMATS.values(), "prompt"}
 # Row formats with turns. Only rows in these formats can have a system message.
 CHATS = tuple(name for name, form in ROW_FORMATS.items() if form.has_turns)
 
@@ -102,9 +104,9 @@ def _method(run: Run, places: Places) -> Iterator[Problem]:
             "is robust, but method.label_smoothing is 0, so the loss is the same as with sigmoid",
             fix="set method.label_smoothing: 0.1, or method.loss_type: sigmoid",
         )
-    if "beta" in METHOD_KEYS[method.name] and method.name != "grpo" and method.beta == 0:
+    if "beta" in METHOD_KEYS[method.name] and not run.samples_answers and method.beta == 0:
         yield Problem("method.beta", "is 0, but must be above 0", fix="set method.beta: 0.1")
-    if method.name == "grpo":
+    if run.samples_answers:
         yield from _grpo(run)
     if method.name == "kto":
         if run.adapter.kind == "none" and run.train.duration.seconds is not None:
@@ -138,10 +140,10 @@ def _grpo(run: Run) -> Iterator[Problem]:
             f"has {count} values, but method.reward has {len(rewards)}",
             fix="give one weight for each scorer",
         )
-    if not rewards or "tool-call" in rewards:
+    if not rewards:
         yield Problem(
             "method.reward",
-            "names no scorer" if not rewards else "is tool-call, which grpo does not support",
+            "names no scorer",
             fix="set method.reward: exact, or your own file.py:function",
         )
     if run.data.train_on != "last":
@@ -206,8 +208,9 @@ def _method_formats(run: Run, places: Places) -> Iterator[Problem]:
     method_format = METHOD_FORMATS.get(run.method.name)
     for key, source in sources_with_keys(run, places):
         default = "sft" if method_format else None
-        other = next((m for m, form in METHOD_FORMATS.items() if form == source.format), default)
-        if source.format == method_format or other is None:
+        methods = [m for m, form in METHOD_FORMATS.items() if form == source.format]
+        other = "grpo" if source.format == "prompt" else next(iter(methods), default)
+        if source.format == method_format or other in (None, run.method.name):
             continue
         fixes = [f"set method: {other}"]
         if method_format:
@@ -219,7 +222,8 @@ def _method_formats(run: Run, places: Places) -> Iterator[Problem]:
             f"is {source.format}, a row format that method {run.method.name} cannot use",
             fix=", or ".join(fixes),
             why="dpo, orpo and simpo need pairs of answers (preference), kto needs answers that are"
-            " labeled good or bad (feedback), and sft uses all other formats",
+            " labeled good or bad (feedback), only grpo uses rows without an answer (prompt), and"
+            " sft uses all other formats",
         )
 
 
@@ -326,7 +330,7 @@ def _columns(run: Run, places: Places) -> Iterator[Problem]:
         columns = FORMAT_COLUMNS[source.format]
         otherwise = f"use one of the format's columns: {', '.join(columns)}"
         for format_name, names in FORMAT_COLUMNS.items():
-            needs_method = format_name in METHOD_FORMATS.values()
+            needs_method = format_name in FORMATS_OF_METHODS
             if source.columns.keys() <= set(names) and not needs_method:
                 otherwise = f"set {key}.format: {format_name}, or {otherwise}"
         for name in set(source.columns) - set(columns):
@@ -355,7 +359,7 @@ def _template(run: Run) -> Iterator[Problem]:
         )
     formats = {source.format for source in (*data.train, *data.validation)}
     plain = {name for name, form in ROW_FORMATS.items() if form.is_plain}
-    with_turns = sorted(formats & set(CHATS) - plain - set(METHOD_FORMATS.values()))
+    with_turns = sorted(formats & set(CHATS) - plain - FORMATS_OF_METHODS)
     if data.template == "raw" and with_turns:
         yield Problem(
             "data.template",
@@ -500,7 +504,7 @@ def _validate(run: Run) -> Iterator[Problem]:
             fix="set validate.best_by: loss",
             why="accuracy is the fraction of pairs whose chosen answer has the higher reward",
         )
-    if run.validate.best_by == "reward" and run.method.name != "grpo":
+    if run.validate.best_by == "reward" and not run.samples_answers:
         yield Problem(
             "validate.best_by",
             f"is reward, a score that method {run.method.name} does not compute",

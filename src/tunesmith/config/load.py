@@ -136,7 +136,7 @@ def checked(tree: Node) -> Run:
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
     method_format = METHOD_FORMATS.get(run.method.name)
-    if run.method.name == "grpo":
+    if run.samples_answers:
         # The prompt ends before the last answer, and there is no KL penalty by default.
         if "data.train_on" not in places:
             run = replace(run, data=replace(run.data, train_on="last"))

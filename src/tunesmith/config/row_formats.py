@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 FormatName = Literal[
-    "alpaca", "messages", "sharegpt", "prompt-completion", "text", "preference", "feedback"
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "prompt-completion",
+    "text",
+    "preference",
+    "feedback",
+    "prompt",
 ]
 
 # Column names after the normalization of `data/rows/detect.py`: lower case, no accents, words
@@ -211,6 +218,18 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         ),
         answer="messages",
         key="label",
+    ),
+    # Rows without an answer, for methods that sample the answers.
+    "prompt": RowFormat(
+        (
+            ColumnSet(
+                {"prompt": (*_QUESTION_NAMES, "instruction")},
+                {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES},
+            ),
+            ColumnSet({"prompt": _ANY_CHAT}, {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}),
+        ),
+        answer="completion",
+        key="prompt",
     ),
 }
 # Column names of each format. The recipe key `columns` maps these names to the names in the file.

@@ -594,6 +594,11 @@ class Run:
     )
 
     @property
+    def samples_answers(self) -> bool:
+        """Whether the run trains on answers that the model samples."""
+        return self.method.name == "grpo"
+
+    @property
     def extra_forwards(self) -> int:
         """Number of forward passes per step in addition to the pass of the training loss.
 
@@ -603,7 +608,7 @@ class Run:
         """
         if self.adapter.kind == "none":
             return 1 if self.method.name == "kto" else 0
-        passes = {"dpo": 1, "kto": 3}
+        passes = {"dpo": 1, "kto": 3, "grpo": int(self.method.beta > 0)}
         return passes.get(self.method.name, 0)
 
     @property

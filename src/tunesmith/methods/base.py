@@ -20,7 +20,7 @@ from tunesmith.config.schema import MethodConfig
 from tunesmith.data.batches.batch import IGNORE, Batch
 from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.vocab_parallel import compute_with_head
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RunError
 from tunesmith.loss import (
     LossAndGradFn,
     chunked_cross_entropy,
@@ -128,6 +128,10 @@ class Method(ABC):
     def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Convert the means of the metrics over a step to the metrics of the step's record."""
         return dict(metrics)
+
+    def find_fault(self, metrics: Mapping[str, float]) -> RunError | None:
+        """Return an error if the metrics of a step's record show that the run is not valid."""
+        return None
 
 
 class MeanOverExamples(Method):

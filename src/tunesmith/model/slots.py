@@ -16,6 +16,14 @@ from torch import Tensor
 
 # Number of tokens by which full slots are enlarged.
 GROWTH = 64
+# Number of answers that are sampled at the same time in a training. It does not depend on the
+# memory of the machine or on the ranks, because in 16-bit dtypes the answers depend on it slightly.
+ANSWERS_AT_ONCE = 64
+
+
+def answers_at_once(group: int) -> int:
+    """Return the number of answers that are sampled at the same time: a multiple of the group."""
+    return max(1, ANSWERS_AT_ONCE // group) * group
 
 
 class LayerSlots(NamedTuple):

@@ -202,8 +202,9 @@ class Planner:
         plan = resolve.resolve_plan(estimator, self.cluster, work, self.previous_micro_batch)
         plan = replace(plan, savings=cache(partial(self._savings, plan)))
         if work.whole > 1:
-            reason = f"attention sees both answers whole; {1 - 1 / work.whole:.0%} fewer tokens"
-            plan = replace(plan, prompts="once a pair", why={**plan.why, "prompts": reason})
+            reason = f"attention sees each answer whole; {1 - 1 / work.whole:.0%} fewer tokens"
+            unit = "group" if run.samples_answers else "pair"
+            plan = replace(plan, prompts=f"once a {unit}", why={**plan.why, "prompts": reason})
         needed, room = savings.memory_needs(plan, self.machine)
 
         one_shape = plan.layout.row_length is not None

@@ -19,6 +19,7 @@ from tunesmith.formats.base import DENSE_BYTES
 from tunesmith.loss import chunk_size
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.slots import GROWTH, answers_at_once
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.optim.adamw import HALF, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, MAX_GRADIENT_PIECES
@@ -36,6 +37,9 @@ from tunesmith.units import ceil_div
 # Number of layers whose gathered weights are in memory at the same time with FSDP2: the current
 # layer, the next layer, and the flat buffer that receives a gather.
 GATHERED_LAYERS = 3
+# Bytes per logit while a token is drawn: the logits, their exponentials and probabilities in fp32,
+# and the cumulated probabilities in fp64.
+LOGIT_BYTES = 24
 # Fraction of the free memory that the plan uses. The rest is for the allocator and for errors of
 # the estimate.
 USABLE_SHARE = 0.9
@@ -147,6 +151,22 @@ class MemoryEstimator:
         if recompute == "none":
             return 0
         return len(layers) if recompute == "full" else min(recompute, len(layers))
+
+    def _rollouts(self, fixed: MemoryEstimate) -> tuple[int, int]:
+        """Return the bytes of the keys and values of sampled answers, and all bytes while answers
+        are sampled. Both are 0 if the method samples no answers.
+        """
+        if not self.run.samples_answers:
+            return 0, 0
+        spec = self.spec
+        answers = answers_at_once(self.run.method.group)
+        width = sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in spec.layers)
+        # A prompt and its answer have at most seq_len tokens.
+        slots = answers * (self.run.data.seq_len + GROWTH) * width * self.itemsize
+        # Sharded weights are gathered once for all tokens.
+        gathered = sum(self.weights(self.itemsize)) if self.sharded else 0
+        logits = answers * spec.head_matmul // spec.hidden * LOGIT_BYTES
+        return slots, fixed.weights + gathered + fixed.optimizer + slots + logits
 
     def min_step_bytes(self, tokens: int, recomputed_layers: int) -> int:
         """Estimate the bytes that the forward of a micro batch needs in a step after the first one.
@@ -344,7 +364,7 @@ class MemoryEstimator:
                 base = 0
                 state = 0
                 gradients = 0
-        return MemoryEstimate(
+        memory = MemoryEstimate(
             weights=base + adapter + self.spec.vision_parameters * self.itemsize,
             gradients=gradients,
             # Subtract the gradients from `state`, because they are a separate part of the estimate.
@@ -354,6 +374,8 @@ class MemoryEstimator:
             host=host,
             free=self.machine.free_bytes,
         )
+        slots, rollouts = self._rollouts(memory)
+        return replace(memory, slots=slots, rollouts=rollouts)
 
     def _gathered_bytes(self) -> int:
         """Estimate the temporary memory for weights and gradients of other ranks.

@@ -185,6 +185,9 @@ class MemoryEstimate:
         streamed_layers: number of layers whose frozen matrices are streamed from the host, with one
             process.
         free: free memory at the time before the model is built.
+        slots: keys and values of answers that are sampled. They are freed before the batch is
+            computed.
+        rollouts: memory while answers are sampled, with `slots`.
         least: memory that a step needs if its micro batch contains only the longest example, before
             the gradients are allocated.
     """
@@ -202,6 +205,8 @@ class MemoryEstimate:
     host: int = 0
     streamed_layers: int = 0
     free: int = 0
+    slots: int = 0
+    rollouts: int = 0
     least: int = 0
 
     @property
@@ -222,12 +227,12 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         """Return a text that lists the parts of the memory estimate in GiB."""
-        parts = "weights gradients optimizer gathered activations workspace host".split()
+        parts = "weights gradients optimizer gathered activations workspace slots host".split()
         sizes = {name: vars(self)[name] for name in parts}
         texts = [
             f"{name} {size / 2**30:.1f}"
             for name, size in sizes.items()
-            if size or name not in ("gathered", "host")
+            if size or name not in ("gathered", "slots", "host")
         ]
         return f"{', '.join(texts)} GiB"
 

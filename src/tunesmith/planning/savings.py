@@ -264,8 +264,9 @@ def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     """
     memory = plan.memory
     if plan.device.startswith("cuda"):
-        return memory.step, int(machine.free_bytes * ALLOCATABLE_SHARE)
-    return max(memory.static - memory.copies, memory.least), machine.card_bytes
+        needed = max(memory.step, memory.rollouts)
+        return needed, int(machine.free_bytes * ALLOCATABLE_SHARE)
+    return max(memory.static - memory.copies, memory.least, memory.rollouts), machine.card_bytes
 
 
 def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:

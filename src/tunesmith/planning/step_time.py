@@ -29,13 +29,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
+from tunesmith.model.slots import answers_at_once
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_expert_adapter
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.run_plan import MemoryEstimate
-from tunesmith.planning.workload import Workload, rank_step
+from tunesmith.planning.workload import Workload, rank_step, step_units
 from tunesmith.runtime.stream import SLOTS
+from tunesmith.units import ceil_div
 
 # Speed of fp8 steps relative to bf16 steps: 794 / 551 TFLOP/s, measured with LoRA of an 8B model on
 # an H200.
@@ -181,11 +183,25 @@ class Step:
             "tensor parallel": self._ring_seconds(tensor_bytes, self.estimator.mesh.tensor, 1),
             "host copies" if streamed else "shards": micro_batches * exposed,
             "gradients": self._gradient_seconds(backward),
+            "rollouts": self._rollout_seconds(),
         }
         # The factor by which the micro batch must be larger, so that in both passes the computation
         # takes as long as the communication.
         batch_factor = max(forward_transfers / forward, backward_transfers / backward)
         return StepTime(parts, math.ceil(batch_factor * self.tokens / micro_batches))
+
+    def _rollout_seconds(self) -> float:
+        """Estimate the seconds to sample the answers of a step, from the memory traffic alone.
+
+        Each token of the answers reads all weights, and the keys and values of the slots.
+        """
+        method = self.run.method
+        if not self.memory.slots:
+            return 0.0
+        prompts = answers_at_once(method.group) // method.group
+        rounds = ceil_div(ceil_div(step_units(self.run), prompts), self.estimator.mesh.data)
+        read = self.pass_bytes / 2 + self.memory.slots  # `pass_bytes` is for two passes
+        return rounds * method.answer_tokens * read / self._memory_bandwidth
 
     def _shard_seconds(self) -> tuple[float, float, float, float]:
         """Estimate the seconds of FSDP's communication.

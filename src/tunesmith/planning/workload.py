@@ -69,6 +69,27 @@ class Workload(NamedTuple):
     pictures: float | None = 0.0
 
 
+class _Sequences(NamedTuple):
+    """Numbers of tokens of the examples, or of one example that stands for all of them.
+
+    Attributes:
+        lengths: int64 [n], tokens of all sequences of each example.
+        shared: int64, tokens of each part that is not computed again, because sequences share it.
+        documents: int64 [sequences], tokens of each sequence.
+        supervised: number of supervised tokens.
+    """
+
+    lengths: np.ndarray
+    shared: np.ndarray
+    documents: np.ndarray
+    supervised: int
+
+    @property
+    def computed(self) -> float:
+        """Number of tokens that the model computes."""
+        return float(self.lengths.sum() - self.shared.sum())
+
+
 def measure_work(
     run: Run,
     spec: ModelSpec,
@@ -80,63 +101,96 @@ def measure_work(
 ) -> Workload:
     """Compute the numbers of tokens and operations of a run.
 
-    If `tokens` is None, each example has `length` tokens, or `data.seq_len` tokens by default.
+    If `tokens` is None, each example has `length` tokens, or `data.seq_len` tokens by default. A
+    sampled answer is assumed to have `method.answer_tokens` tokens.
 
     Args:
         rows: number of examples if `tokens` is None. 0 if it is unknown.
     """
     steps = None
     pictures = None if run.model.vision else 0.0
-    shared = np.zeros(1, np.int64)
     if tokens is not None:
         lengths = tokens.lengths
-        shared = tokens.shared
-        documents = tokens.document_lengths()
-        supervised = tokens.counts.supervised
+        examples = _Sequences(
+            lengths, tokens.shared, tokens.document_lengths(), tokens.counts.supervised
+        )
         schedule = schedule or BatchSchedule(run, tokens)
         step = schedule.step_size()
         steps = schedule.steps(run.train.duration)
+        longest = schedule.longest
         source = ExampleSource(len(lengths), float(lengths.mean()), is_cached=True)
         if run.model.vision:
             pictures = float(tokens.picture_tokens.sum() / lengths.sum())
     else:
         sequences = run.row_tokens // run.data.seq_len
-        supervised = min(length or run.row_tokens, run.row_tokens)
-        lengths = np.array([supervised])
-        documents = np.repeat(supervised // sequences, sequences)
-        step, steps = _steps_of_equal_rows(run, rows, supervised)
-        source = ExampleSource(rows, supervised, is_assumed=not length)
+        longest = min(length or run.row_tokens, run.row_tokens)
+        documents = np.repeat(longest // sequences, sequences)
+        examples = _Sequences(np.array([longest]), np.zeros(1, np.int64), documents, longest)
+        step, steps = _steps_of_equal_rows(run, rows, longest)
+        source = ExampleSource(rows, longest, is_assumed=not length)
+    if run.samples_answers:
+        answers = 0 if tokens is None else tokens.supervised
+        groups, longest = _sample_answers(run, examples.lengths - answers)
+        step = scale_step(step, groups.computed / examples.computed)
+        examples = groups
+    everything, attention, experts = _operations(run, spec, examples)
+    return Workload(
+        step,
+        longest=longest,
+        steps=steps,
+        operations=everything / examples.computed,
+        attention=attention,
+        experts=experts,
+        probabilities=float(count_saved_probabilities(examples.documents).sum())
+        / examples.computed,
+        whole=float(examples.lengths.sum()) / examples.computed,
+        source=source,
+        pictures=pictures,
+    )
+
+
+def _sample_answers(run: Run, prompts: np.ndarray) -> tuple[_Sequences, int]:
+    """Return prompts with their groups of sampled answers, and the number of tokens of the longest
+    prompt with an answer.
+
+    Args:
+        prompts: int64 [n], tokens of each prompt.
+    """
+    group = run.method.group
+    answer = run.method.answer_tokens
+    prompts = np.minimum(prompts, run.data.seq_len - answer)
+    sequences = _Sequences(
+        lengths=group * (prompts + answer),
+        shared=np.repeat(prompts, group - 1),  # the prompt is computed once for its answers
+        documents=np.repeat(prompts + answer, group),
+        supervised=group * answer * len(prompts),
+    )
+    return sequences, int(prompts.max()) + answer
+
+
+def _operations(run: Run, spec: ModelSpec, examples: _Sequences) -> tuple[float, float, float]:
+    """Return the floating-point operations of all examples, and the fractions that attention and
+    the experts' matmuls need.
+    """
     is_adapter = run.adapter.kind == "lora"
-    adapter_weights = count_active_adapter(spec, run.adapter) if is_adapter else 0
+    count = partial(
+        flops,
+        trained="lora" if is_adapter else "full",
+        adapter_parameters=count_active_adapter(spec, run.adapter) if is_adapter else 0,
+        forwards=run.extra_forwards,
+    )
 
     def operations(spec: ModelSpec) -> float:
-        count = partial(
-            flops,
-            spec,
-            trained="lora" if is_adapter else "full",
-            adapter_parameters=adapter_weights,
-            forwards=run.extra_forwards,
+        return count(spec, examples.documents.tolist(), examples.supervised) - count(
+            spec, examples.shared.tolist(), 0
         )
-        return count(documents.tolist(), supervised) - count(shared.tolist(), 0)
 
     everything = operations(spec)
     # Without heads there is no attention, so the remaining operations are those of the matmuls.
     without_heads = tuple(replace(layer, heads=0) for layer in spec.layers)
     products = operations(replace(spec, layers=without_heads))
-    total = float(lengths.sum() - shared.sum())
-    experts = (4 if is_adapter else 6) * spec.active_of_experts * total
-    return Workload(
-        step,
-        longest=int(lengths.max()) if schedule is None else schedule.longest,
-        steps=steps,
-        operations=everything / total,
-        attention=1 - products / everything,
-        experts=experts / everything,
-        probabilities=float(count_saved_probabilities(documents).sum()) / total,
-        whole=float(lengths.sum()) / total,
-        source=source,
-        pictures=pictures,
-    )
+    experts = (4 if is_adapter else 6) * spec.active_of_experts * examples.computed
+    return everything, 1 - products / everything, experts / everything
 
 
 def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, int | None]:

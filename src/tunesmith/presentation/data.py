@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.checkpoint.resume import Resumed
     from tunesmith.data.prepare import TrainingData
     from tunesmith.stages.draft import Draft
+    from tunesmith.stages.rewards import OwnRewards
 
 # Maximum fraction of a source's tokens that can be lost without a warning. Tokens are lost if rows
 # are truncated or dropped.
@@ -208,7 +210,7 @@ def source_figures(
         yield f"{count_of(counts.cut, 'row')} truncated (data.too_long: {part.too_long})"
     if counts.lost_share:
         yield f"{_percent(counts.lost_share)} of the tokens lost"
-    if "empty" in counts.flaws:
+    if "empty" in counts.flaws and not data.run.samples_answers:
         count, _ = counts.flaws["empty"]
         yield f"{count_of(count, 'row')} with an empty answer"
     yield f"longest {count_of(counts.longest, 'token')}"
@@ -221,6 +223,20 @@ def source_figures(
             f"{counts.scaled_pictures:,} of them scaled down (data.image_max_pixels: "
             f"{data.run.data.image_max_pixels})"
         )
+
+
+def reward_lines(own: OwnRewards | None) -> Iterator[str]:
+    """Yield lines about the rewards of the rows' own answers."""
+    if own is None:
+        yield "rewards: the rows have no own answers that could be scored"
+        return
+    yield (
+        f"rewards: the own answers of the first {count_of(len(own.values), 'row')} have the mean "
+        f"reward {fmean(own.values):.3f}"
+    )
+    if own.zeros:
+        places = ", ".join(map(relative_to_cwd, own.zeros[:SHOWN_PLACES]))
+        yield f"warning: {count_of(len(own.zeros), 'own answer')} with the reward 0, first {places}"
 
 
 def _left_out(part: SourceTokens, *, is_held_out: bool) -> Iterator[str]:
@@ -276,6 +292,13 @@ def schedule_line(data: TrainingData) -> str:
         if duration.unit != "steps":
             # `1 epoch` instead of the recipe's `1 epochs`
             steps += f", {duration}".removesuffix("s" if duration.amount == 1 else "")
+    if data.run.samples_answers:
+        method = data.run.method
+        return (
+            f"steps: {steps}; a step samples {method.group} answers of up to "
+            f"{count_of(method.answer_tokens, 'token')} to each of its prompts, "
+            f"{data.run.train.global_batch}; an epoch has {summary.steps_per_epoch:,} steps"
+        )
     rows = count_of(summary.rows, "row")
     if data.schedule.packed:
         rows = count_of(summary.rows, "packed row") + f" of {data.schedule.row_length:,} tokens"
@@ -367,6 +390,8 @@ def _unread_columns(data: TrainingData) -> Iterator[str]:
 
     Columns that may rate the answers come first.
     """
+    if data.run.samples_answers:
+        return  # the scorer gets all columns
     for split, part in data.sources():
         names = []
         columns = part.source.columns.values() if part.source else ()
@@ -457,7 +482,8 @@ def _flaws(data: TrainingData) -> Iterator[str]:
         for name, (count, first) in part.counts.flaws.items():
             # Skip the warning "joined" if the recipe sets `data.template: raw`, because joining the
             # texts is then intended.
-            if name != "joined" or data.run.data.template == "auto":
+            is_meant = name == "joined" and data.run.data.template != "auto"
+            if not is_meant and not (name == "empty" and data.run.samples_answers):
                 warning = ROW_WARNINGS[name]
                 rows = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
                 first_row = f"first {part.rows.where(first)}: {warning.why}"

@@ -13,6 +13,7 @@ from tunesmith.config.schema import Run
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.shipped import AS_SHIPPED
+from tunesmith.model.slots import answers_at_once
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.planning.run_plan import (
@@ -123,6 +124,13 @@ def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[
     if plan.memory.copies and best.phases["save"] > best.room:
         why = "a step and a checkpoint do not fit into memory at the same time"
         yield f"  training waits for each checkpoint: {why}"
+    method = planner.run.method
+    if plan.memory.slots:
+        yield (
+            f"rollouts: {answers_at_once(method.group)} answers at once, with "
+            f"{plan.memory.slots / GIB:.1f} GiB of keys and values; answers are counted with "
+            f"method.answer_tokens={method.answer_tokens}, and their seconds are the memory traffic"
+        )
     if best.step_seconds:
         parts = [
             f"{part} {_seconds_text(seconds)}"

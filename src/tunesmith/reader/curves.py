@@ -25,6 +25,9 @@ CHARTS = (
     *("reward_accuracy", "val_reward_accuracy", "reward_margin", "val_reward_margin"),
     *("rewards_chosen", "val_rewards_chosen", "rewards_rejected", "val_rewards_rejected"),
     *("kl", "val_kl"),
+    # Fields of reinforcement learning.
+    *("reward", "val_reward", "kl_sampler", "kl_base", "entropy_sample"),
+    *("answer_length", "cut_share", "groups_with_variance", "rollout_seconds"),
     *("tokens_per_second", "mfu", "memory_gib", "host_memory_percent"),
     *("gpu_utilization", "gpu_power_watts", "gpu_temperature_celsius", "gpu_clock_mhz"),
     *("network_bytes_per_second", "nvlink_bytes_per_second", "data_seconds", "idle_share"),
@@ -50,6 +53,7 @@ _SMOOTHED = {
     "rewards_chosen",
     "rewards_rejected",
     "kl",
+    "reward",
     "tokens_per_second",
     "grad_norm",
     "step_seconds",

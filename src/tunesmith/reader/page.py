@@ -15,14 +15,16 @@ from markupsafe import Markup
 
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
-from tunesmith.metrics.conversations import Turn, conversations_of, whole_characters
+from tunesmith.metrics.conversations import Turn, conversations_of, turns_of, whole_characters
 from tunesmith.reader.compare import differing_keys, judge
 from tunesmith.reader.curves import COLORS, curves
 from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
+from tunesmith.reader.rollouts import RewardedGroup, read_groups, rollout_files
 from tunesmith.reader.run_files import RunFiles, end_fields
 from tunesmith.run_dir import RECIPE, Fields, read_bytes, shown
 from tunesmith.units import format_seconds
 
+REWARDED_PROMPTS = 4  # number of prompts whose sampled answers are shown with rewards
 PAGE_MARK = "tunesmith report"  # text in the first line of each report, which identifies it
 STYLES = ("uPlot.min.css", "page.css")
 SCRIPTS = ("uPlot.iife.min.js", "curves.js")
@@ -71,6 +73,7 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
     # A number that is not finite becomes null, because JSON has no such number.
     chart_json = pydantic_core.to_json(charts, inf_nan_mode="null").decode()
     samples, system = prompts_of(runs)
+    samples += [prompt for run in runs for prompt in rewarded_prompts(run)]
     return env.get_template("page.html.j2").render(
         mark=PAGE_MARK,
         runs=runs,
@@ -101,12 +104,18 @@ def _static(names: Sequence[str]) -> str:
 
 
 class ShownAnswer(NamedTuple):
-    """A sample answer of a run at one step. `is_final`: the final weights generated it."""
+    """A sample answer of a run at one step.
+
+    Attributes:
+        is_final: whether the final weights generated it.
+        reward: its reward, if it was sampled for training.
+    """
 
     label: str
     step: int
     text: str
     is_final: bool
+    reward: float | None = None
 
 
 class ShownPrompt(NamedTuple):
@@ -171,6 +180,27 @@ def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
             )
         )
     return prompts, system
+
+
+def rewarded_prompts(run: RunFiles) -> list[ShownPrompt]:
+    """Return the prompts of the newest rollout file whose answers differ most in their reward, each
+    with its best and its worst answer.
+    """
+    files = rollout_files(run.folder)
+    groups: list[RewardedGroup] = []
+    step = max(files, default=0)
+    if files:
+        with suppress(ValueError):  # the file is damaged
+            groups = sorted(read_groups(files[step]), key=lambda group: -group.spread)
+    prompts = []
+    for group in groups[:REWARDED_PROMPTS]:
+        answers = [
+            ShownAnswer(run.label, step, whole_characters(text), is_final=False, reward=reward)
+            for reward, text in group.answers
+        ]
+        ends, others = [answers[0], answers[-1]], answers[1:-1]
+        prompts.append(ShownPrompt(shown(group.row), turns_of(group.prompt), "", ends, others))
+    return prompts
 
 
 def _reproduce(run: RunFiles) -> Fields:

@@ -3,9 +3,18 @@
 from typing import Any
 
 from tunesmith.data.rows.messages import is_said
-from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.rows.samples import (
+    CalledFunction,
+    Completion,
+    Conversation,
+    FunctionCall,
+    Message,
+    Sample,
+)
 from tunesmith.data.text.template import Template
+from tunesmith.errors import DataError
 from tunesmith.scoring.scorers import ScoredRow
+from tunesmith.scoring.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 
 
 def make_scored_row(
@@ -39,3 +48,30 @@ def make_scored_row(
     return ScoredRow(
         raw if is_special else reference, raw, row, where, calls, bool(tools), is_special
     )
+
+
+def read_call_form(template: Template) -> CallReader | None:
+    """Return a parser for the tool calls in the format of a chat template.
+
+    Return None if the template does not support tool calls, or if their format is unknown.
+    """
+    function: CalledFunction = {"name": CALL_PROBE.name, "arguments": CALL_PROBE.arguments}
+    call: FunctionCall = {"type": "function", "function": function}
+    answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    thoughtful: Message = {**answer, "reasoning_content": "It must be looked up."}
+    # Also try an answer with reasoning, because some templates of reasoning models render an answer
+    # without reasoning inconsistently.
+    for message in (answer, thoughtful):
+        sample = Conversation([{"role": "user", "content": "Look it up."}, message], [PROBE_TOOL])
+        try:
+            example = template.encode(sample, "last", where="the template")
+        except DataError:
+            continue
+        ids = example.ids[example.trained].tolist()
+        text = template.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        reader = learn_call_form(str(text))
+        if reader is not None:
+            return reader
+    return None

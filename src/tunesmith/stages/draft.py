@@ -94,6 +94,8 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
     _check_no_duplicate(draft, override_keys, layer)
     record_overrides(overridden_sources(draft, dict(layer.places())))
     source, unused_splits = _with_split(draft.data.train[0])
+    if draft.samples_answers and "data.train.format" not in override_keys:
+        source = replace(source, format="prompt")  # rows without an answer are allowed
     rows = read_rows(source)
     if rows.are_documents and not {"data.train.format", "data.train.columns"} & override_keys:
         layout = Detected("text", {"text": "text"})

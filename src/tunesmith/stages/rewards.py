@@ -2,12 +2,13 @@
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.model.model_types import Support
-from tunesmith.scoring.process import ScorerPool
+from tunesmith.scoring.reward import Reward, RewardedAnswer
 from tunesmith.scoring.rows import make_scored_row
 from tunesmith.scoring.scorers import SCORERS, check_scorer_names
 
@@ -62,12 +63,22 @@ def check_prompts(run: Run, data: TrainingData) -> None:
                 )
 
 
-def check_reward(run: Run, data: TrainingData) -> None:
-    """Score the rows' own answers. Rows without an answer are skipped.
+class OwnRewards(NamedTuple):
+    """Rewards of the rows' own answers.
 
-    Raises:
-        DataError: all own answers have the reward 0, or a scorer cannot score a row.
-        RunError: a scorer fails.
+    Attributes:
+        values: the reward of each row.
+        zeros: file and line of the rows with the reward 0.
+    """
+
+    values: list[float]
+    zeros: list[str]
+
+
+def own_rewards(run: Run, data: TrainingData) -> OwnRewards | None:
+    """Reward the own answers of the first rows. Return None if no row has an answer.
+
+    Raise RunError if a scorer fails.
     """
     items = []
     for i in range(min(SCORED_ROWS, len(data.train))):
@@ -75,15 +86,22 @@ def check_reward(run: Run, data: TrainingData) -> None:
         where = data.train.where(i)
         scored = make_scored_row(data.template, sample, data.train.row(i), where)
         if scored is not None:
-            items.append((scored.reference, scored))
+            items.append(RewardedAnswer(scored.reference, scored.raw_reference, scored))
     if not items:
+        return None
+    with Reward(run.method, data.template) as reward:
+        values = reward.of(items).tolist()
+    places = [item.row.where for item in items]
+    return OwnRewards(values, [at for at, value in zip(places, values, strict=True) if not value])
+
+
+def check_reward(run: Run, data: TrainingData) -> None:
+    """Raise DataError if all own answers of the rows have the reward 0."""
+    own = own_rewards(run, data)
+    if own is None or any(own.values):
         return
-    names = check_scorer_names(run.method.reward)
-    with ScorerPool(names, own_seconds=run.method.reward_seconds) as pool:
-        if any(any(pool.scores(name, items)) for name in names):
-            return
     raise DataError(
-        f"the reward of the rows' own answers is 0 in all of the first {len(items)} rows",
+        f"the reward of the rows' own answers is 0 in all of the first {len(own.values)} rows",
         where="method.reward",
         why="a model that answers perfectly would get no reward",
         fix="correct the scorer, or choose a scorer that fits the rows",

@@ -71,7 +71,7 @@ def read_tokens(model: ModelFacts) -> TokenFacts:
     hashes = {"data_hash": data.digest, "validation_hash": data.validation_digest}
     if run.method.name in REFERENCE_METHODS and run.adapter.from_ is not None:
         hashes["reference_hash"] = adapter_digest(run.adapter.from_)
-    if run.method.name == "grpo":
+    if run.samples_answers:
         from tunesmith.stages import rewards
 
         hashes["reward_hash"] = rewards.reward_digest(run)

@@ -90,6 +90,7 @@ class AsyncMetrics(LoopPart):
 
         Raises:
             NonFiniteError: the loss or the gradient norm is NaN or infinite.
+            RunError: see `Method.find_fault`.
         """
         output = self.pending
         self.pending = None
@@ -107,7 +108,11 @@ class AsyncMetrics(LoopPart):
         self.progress.seconds += seconds
         self.stop.expect_step(seconds, micro_batches=len(output.batch.micro))
         self._check_finite(output, numbers)
-        self.progress.record = self._make_record(output, numbers, seconds)
+        record = self._make_record(output, numbers, seconds)
+        fault = self.session.model.method.find_fault(record.extra)
+        if fault is not None:
+            raise fault
+        self.progress.record = record
         if log:
             self.log_record()
 

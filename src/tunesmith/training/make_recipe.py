@@ -74,6 +74,7 @@ PREFERENCE_EPOCHS = 1
 MAX_EPOCHS = 10
 MIN_SEEN_EXAMPLES = 500  # minimum number of examples in all epochs together
 MAX_SEEN_EXAMPLES = 25_000  # maximum number of examples in all epochs together
+MIN_PROMPTS = 8  # minimum number of prompts in a step, if answers are sampled
 MIN_STEPS = 100  # the batch is made smaller to reach this number of steps
 # Possible numbers of steps between validations. A run gets about five validations, because `report`
 # needs five points to estimate the noise of a curve, or about ten if there are few held-out rows.
@@ -338,6 +339,7 @@ class _Choices:
         self.run = draft.run
         self.override_keys = draft.override_keys
         self.row_format = draft.layout.format
+        self.samples_answers = draft.run.samples_answers
         if draft.layout.has_pictures:
             self.why["model.vision"] = "the rows have pictures"
 
@@ -382,12 +384,14 @@ class _Choices:
         """Choose seq_len so that the longest example fits.
 
         If the longest example has more than SEQ_LEN tokens, choose seq_len so that 99 % of the
-        examples fit. For plain texts choose SEQ_LEN, because longer texts are split.
+        examples fit. For plain texts choose SEQ_LEN, because longer texts are split. A prompt whose
+        answers are sampled needs `method.answer_tokens` more tokens.
 
         Returns:
             The mean number of examples per row. It is more than 1 if texts are split.
         """
-        lengths = examined.lengths
+        sampled = self.run.method.answer_tokens if self.samples_answers else 0
+        lengths = examined.lengths + sampled
         data = self.run.data
         is_set = "data.seq_len" in self.override_keys
         is_split = self.row_format == "text" and data.too_long == "auto"
@@ -405,6 +409,8 @@ class _Choices:
             common = int(np.quantile(lengths, 0.99, method="higher"))
             seq_len = max(SEQ_LEN, common)
             reason = f"99 % of {looked_at} have up to {common:,} tokens, the longest {longest:,}"
+        if sampled:
+            reason += f", with method.answer_tokens={sampled} for the answer"
         seq_len = min(context, ceil_div(seq_len, SEQ_LEN_STEP) * SEQ_LEN_STEP)
         self.choose("data.seq_len", seq_len, reason)
         too_long = float(np.mean(lengths > seq_len))
@@ -482,6 +488,8 @@ class _Choices:
             tensor = self.run.parallel.tensor
             min_examples = min(examples, ranks if tensor == "auto" else ranks // tensor)
             min_batch = MIN_KTO_BATCH if self.row_format == "feedback" else 1
+            if self.samples_answers:
+                min_batch = MIN_PROMPTS
             batch = Size(max([*sizes, min_batch, min_examples]), "examples")
         reason = (
             f"{count_of(examples, 'example')}; small data sets get more epochs, large ones fewer"
@@ -513,7 +521,8 @@ class _Choices:
                 intervals = [n for n in SHORT_INTERVALS if n * VALIDATIONS <= steps]
             every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
             self.values |= {"validate.every": every, "checkpoint.every": every}
-        if held_out >= MIN_VALIDATION_ROWS:
+        # The reward of reinforcement learning can stay the same for many steps before it rises.
+        if held_out >= MIN_VALIDATION_ROWS and not self.samples_answers:
             self.choose(
                 "validate.patience",
                 PATIENCE,

@@ -7,6 +7,7 @@ prompt is in a packed row only once for all its answers.
 """
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,20 +29,18 @@ from tunesmith.inference.answers import decode
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.sampler import Prompt, SampledIds, sample
 from tunesmith.methods.grpo import answer_weights
+from tunesmith.model.slots import answers_at_once
 from tunesmith.parallel.shard import unsharded
-from tunesmith.scoring.process import ScorerPool
+from tunesmith.run_dir import ROLLOUTS
+from tunesmith.scoring.reward import Reward, RewardedAnswer
 from tunesmith.scoring.rows import make_scored_row
 from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.training.session import Session
 
 log = logging.getLogger(__name__)
 
-# Number of answers that are sampled at the same time. It does not depend on the memory of the
-# machine or on the ranks, because in 16-bit dtypes the answers depend on it slightly.
-ANSWERS_AT_ONCE = 64
 # Number of steps without a group of different rewards, after which a warning is logged.
 STEPS_WITHOUT_VARIANCE = 20
-ROLLOUTS = "rollouts"
 
 
 @dataclass
@@ -50,6 +49,7 @@ class Rollout:
 
     answer: SampledIds
     reward: float
+    text: str = ""
 
 
 def prompt_of(example: Example, row: int) -> Prompt:
@@ -66,12 +66,8 @@ class RewardedSampling:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        method = session.run.method
-        reward = method.reward
-        self.scorers = (reward,) if isinstance(reward, str) else reward
-        self.weights = method.reward_weights or (1.0,) * len(self.scorers)
         processes = max(1, min(4, available_cores() // session.ranks.local_world))
-        self.pool = ScorerPool(self.scorers, own_seconds=method.reward_seconds, count=processes)
+        self.reward = Reward(session.run.method, session.data.template, processes)
 
     def sample(
         self,
@@ -89,7 +85,7 @@ class RewardedSampling:
         All ranks return the answers to all examples. Return None if the sampling was cancelled.
         """
         session = self.session
-        window = max(1, ANSWERS_AT_ONCE // answers)
+        window = answers_at_once(answers) // answers
         mesh = session.mesh
         mine: dict[int, list[SampledIds]] = {}
         heartbeat = session.ranks.heartbeat
@@ -128,22 +124,22 @@ class RewardedSampling:
     def _reward(
         self, tokens: TokenSet, indices: Sequence[int], groups: dict[int, list[SampledIds]]
     ) -> dict[int, list[Rollout]]:
-        """Reward answers. A scorer that fails gives 0. Raise RunError if it fails often."""
+        """Reward answers. Raise RunError if a scorer fails often."""
         tokenizer = self.session.files.tokenizer
         items = []
         for n, group in groups.items():
             row = self._scored_row(tokens, indices[n])
             for answer in group:
                 ids = answer.ids[:-1] if answer.finished else answer.ids
-                items.append((decode(tokenizer, ids, with_special=row.is_special), row))
-        totals = np.zeros(len(items))
-        for scorer, weight in zip(self.scorers, self.weights, strict=True):
-            scores = self.pool.scores(scorer, items)
-            totals += weight * np.array([score or 0.0 for score in scores])
-        rewards = iter(totals.tolist())
-        return {
-            n: [Rollout(answer, next(rewards)) for answer in group] for n, group in groups.items()
-        }
+                raw = decode(tokenizer, ids, with_special=True)
+                items.append(RewardedAnswer(decode(tokenizer, ids), raw, row))
+        rewarded = iter(zip(self.reward.of(items).tolist(), items, strict=True))
+        rollouts: dict[int, list[Rollout]] = {n: [] for n in groups}
+        for n, group in groups.items():
+            for answer in group:
+                reward, item = next(rewarded)
+                rollouts[n].append(Rollout(answer, reward, item.text))
+        return rollouts
 
     def _scored_row(self, tokens: TokenSet, i: int) -> ScoredRow:
         data = self.session.data
@@ -173,7 +169,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
 
     def __exit__(self, *exc: object) -> None:
         self.loader.close()
-        self.session.sampling.pool.close()
+        self.session.sampling.reward.close()
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         step = self.loader.start_step
@@ -205,9 +201,15 @@ class Rollouts(AbstractContextManager["Rollouts"]):
                 return None
             with session.ranks.raise_on_all_ranks():
                 if file is not None:
-                    file.write(groups)
+                    file.write(groups, self._prompts(indices))
                     self._remove_old_files()
         return self._make_batch(step, indices, groups, time.perf_counter() - began)
+
+    def _prompts(self, indices: list[int]) -> list[tuple[str, str]]:
+        """Return the text of each prompt, and the file and line of its row."""
+        tokenizer = self.session.files.tokenizer
+        tokens = self.session.data.train
+        return [(decode(tokenizer, prompt_of(tokens[i], i).ids), tokens.where(i)) for i in indices]
 
     def _sample(self, indices: list[int], step: int) -> list[list[Rollout]] | None:
         run = self.session.run
@@ -323,7 +325,8 @@ class Rollouts(AbstractContextManager["Rollouts"]):
 
 
 class RolloutFile:
-    """The sampled answers of one step: token ids, log-probabilities and rewards.
+    """The sampled answers of one step: token ids, log-probabilities and rewards. The texts of the
+    prompts and answers are in the metadata, for readers without a tokenizer.
 
     A resumed run reads the file if the trained weights are those that drew the answers.
 
@@ -335,7 +338,14 @@ class RolloutFile:
         self.path = path
         self.weights = weights
 
-    def write(self, groups: Sequence[Sequence[Rollout]]) -> None:
+    def write(
+        self, groups: Sequence[Sequence[Rollout]], prompts: Sequence[tuple[str, str]]
+    ) -> None:
+        """Write the groups.
+
+        Args:
+            prompts: the text of each group's prompt, and the file and line of its row.
+        """
         answers = [each for group in groups for each in group]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
@@ -348,7 +358,11 @@ class RolloutFile:
                 "rewards": np.array([a.reward for a in answers]),
             },
             partial,
-            metadata={"weights": self.weights},
+            metadata={
+                "weights": self.weights,
+                "prompts": json.dumps(prompts),
+                "answers": json.dumps([a.text for a in answers]),
+            },
         )
         partial.replace(self.path)
 

@@ -9,7 +9,6 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from tunesmith.inference.answers import Answer
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import load_run
 from tunesmith.metrics.intervals import paired_intervals
+from tunesmith.scoring.rows import read_call_form
 from tunesmith.scoring.text import token_f1
 from tunesmith.tools.evaluate import score_rows
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
@@ -334,8 +334,7 @@ def test_the_form_of_calls_is_learned_through_the_template_in_use(family: str) -
     ends = [word for word in known if word in jinja]
     eos_ids = set(tokenizer.convert_tokens_to_ids(ends)) or {tokenizer.eos_token_id}
     template = Template(tokenizer, eos_ids, jinja=jinja, name="chat")
-    loaded: Any = SimpleNamespace(template=template, tokenizer=tokenizer)
-    read = score_rows.read_call_form(loaded)
+    read = read_call_form(template)
     assert read is not None
     function = {"type": "function", "function": {"name": "rain", "arguments": {"town": "Oslo"}}}
     answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [function]}

@@ -30,7 +30,7 @@ def visible(page: str) -> str:
 def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
     best = write_run(tmp_path / "best", falling(2.0), samples=SAMPLES)
     text = visible(render_page([best]))
-    assert holds(text, "step 40, final", "weights 4 Answers", "(1) step 60 sixty")
+    assert holds(text, "step 40, final", "weights 4 Other answers", "(1) step 60 sixty")
     assert best.missing_answers() == ""
     none = write_run(tmp_path / "none", falling(2.0), samples=SAMPLES[:1])
     assert f"none: {NO_FINAL_ANSWERS}see log.txt." in visible(render_page([best, none]))

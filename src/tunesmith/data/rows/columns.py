@@ -182,10 +182,17 @@ class RowColumns:
         Args:
             source: its `columns` are used unchanged, and layouts without these columns are omitted.
             any_format: whether to consider all formats. If False, only `source.format` is
-                considered.
+                considered. The format prompt is only considered if it is `source.format`, because
+                most methods need an answer.
         """
-        formats = ROW_FORMATS if any_format else (source.format,)
-        column_sets = [(name, columns) for name in formats for columns in ROW_FORMATS[name].layouts]
+        formats = set(ROW_FORMATS) - {"prompt"} if any_format else set()
+        formats.add(source.format)
+        column_sets = [
+            (name, columns)
+            for name in ROW_FORMATS
+            if name in formats
+            for columns in ROW_FORMATS[name].layouts
+        ]
         # Put layouts without optional columns first, because the first of several equal layouts is
         # used.
         column_sets.sort(key=lambda entry: bool(entry[1].optional))

@@ -81,7 +81,7 @@ def convert_row(
     reader = RowReader(row, source, where)
     reader.column_pictures = read_column_pictures(reader)
     samples = _ROW_READERS[source.format](reader)
-    is_answered = source.format not in ("preference", "feedback", "text")
+    is_answered = source.format not in ("preference", "feedback", "text", "prompt")
     grades: tuple[str, ...] = ()
     is_other = False
     check_media(reader)
@@ -223,6 +223,14 @@ def _prompt_completion(row: RowReader) -> list[Sample]:
         row.required_text_or_messages("prompt"),
         {"completion": row.required_text_or_messages("completion")},
     )
+
+
+def _prompt(row: RowReader) -> list[Sample]:
+    """Return a prompt with an empty answer. The model does not see the answer."""
+    prompt = row.required_text_or_messages("prompt")
+    if isinstance(prompt, str):
+        return [_completed(row, row.text(prompt, "prompt"), "")]
+    return _answered(row, prompt, {"completion": {"role": "assistant", "content": ""}})
 
 
 def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:
@@ -467,4 +475,5 @@ _ROW_READERS: dict[FormatName, Callable[[RowReader], Sequence[Sample]]] = {
     "text": _text,
     "preference": _preference,
     "feedback": _feedback,
+    "prompt": _prompt,
 }

@@ -414,7 +414,7 @@ def row_with_answer(
     form = ROW_FORMATS[source.format]
     column = source.columns.get(form.answer, form.answer)
     complete, _ = _with_answer(row, source, where)
-    value = RowReader(complete, source, where).text_or_messages(complete[column], column)
+    value = RowReader(complete, source, where).text_or_messages(complete.get(column), column)
     if not isinstance(value, list):
         return {**row, column: answer}
     role, text = ("from", "value") if source.format == "sharegpt" else ("role", "content")

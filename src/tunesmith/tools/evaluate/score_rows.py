@@ -14,10 +14,9 @@ import numpy as np
 
 from tunesmith.checkpoint import manifest
 from tunesmith.data.compare.splits import SourceRows
-from tunesmith.data.rows.samples import CalledFunction, Conversation, FunctionCall, Message
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
+from tunesmith.errors import MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.signals import StopRequest
 from tunesmith.inference.answers import Answer, answer_all, decode
@@ -33,8 +32,8 @@ from tunesmith.metrics.intervals import (
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.scoring.process import ScorerProcess
+from tunesmith.scoring.rows import read_call_form
 from tunesmith.scoring.scorers import TOOL_CALL, ScoredRow
-from tunesmith.scoring.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import (
     RowPrompt,
@@ -69,30 +68,6 @@ class RowScores:
     paired: PairedIntervals | None
     verdict: str
     scores: dict[str, list[float]] = field(repr=False)
-
-
-def read_call_form(loaded: LoadedModel) -> CallReader | None:
-    """Return a parser for the tool calls in the format of the model's chat template.
-
-    Return None if the template does not support tool calls, or if their format is unknown.
-    """
-    function: CalledFunction = {"name": CALL_PROBE.name, "arguments": CALL_PROBE.arguments}
-    call: FunctionCall = {"type": "function", "function": function}
-    answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-    thoughtful: Message = {**answer, "reasoning_content": "It must be looked up."}
-    # Also try an answer with reasoning, because some templates of reasoning models render an answer
-    # without reasoning inconsistently.
-    for message in (answer, thoughtful):
-        sample = Conversation([{"role": "user", "content": "Look it up."}, message], [PROBE_TOOL])
-        try:
-            example = loaded.template.encode(sample, "last", where="the template")
-        except DataError:
-            continue
-        ids = example.ids[example.trained].tolist()
-        reader = learn_call_form(decode(loaded.tokenizer, ids, with_special=True))
-        if reader is not None:
-            return reader
-    return None
 
 
 def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
@@ -168,7 +143,7 @@ class Scoring:
         """
         # Build the parser of tool calls first, so that an unsupported template is reported before
         # answers are generated.
-        reader = read_call_form(loaded) if TOOL_CALL in scorers else None
+        reader = read_call_form(loaded.template) if TOOL_CALL in scorers else None
         self.scorers = list(dict.fromkeys(scorers))
         self.process = ScorerProcess(self.scorers, reader)
         self.prompts: list[RowPrompt] = []

@@ -145,7 +145,7 @@ def check_sweep(run: Run, space: Space) -> None:
             "set adapter.kind=lora",
         ),
         (
-            run.method.name == "grpo",
+            run.samples_answers,
             "method.name",
             "a sweep does not support grpo: each candidate would sample its own answers",
             "start one run for each candidate",
