@@ -13,6 +13,7 @@ result with an uninterrupted run.
     python benchmarks/faults/kill_and_resume.py --family llama --layers 6 --stream 5 --kills 30
     python benchmarks/faults/kill_and_resume.py --family qwen2_5_vl --rows pictures --kills 20
     python benchmarks/faults/kill_and_resume.py --family llama --rows documents --kills 10
+    python benchmarks/faults/kill_and_resume.py --family llama --method grpo --kills 30
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
 CHECKPOINT_EVERY steps. The run is killed one step after its first complete checkpoint. The losses,
@@ -24,7 +25,8 @@ a file.
 - `--family`: a tiny random model of the tests: llama, qwen3_moe, or the text model of a family of
   `vision_models.FAMILIES`
 - `--method`: preference training on generated pairs or rated answers. The reference of a full
-  fine-tuning run is stored in a cache that all starts share.
+  fine-tuning run is stored in a cache that all starts share. With grpo, the report has the steps
+  that were killed before their answers were written, and the rollout files are compared too.
 - `--rows pictures`: a family of `vision.FAMILIES`, and two of three rows have a picture
 - `--rows documents`: texts that are longer than a packed row
 - `--kills N`: runs of LONG_STEPS steps with a checkpoint every LONG_CHECKPOINT_EVERY steps are
@@ -60,7 +62,12 @@ LONG_CHECKPOINT_EVERY = 7
 KILLS_A_RUN = 6
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
 # Prefixes of the names of a preference method's metrics
-OF_METHOD = ("reward", "logps", "kl")
+OF_METHOD = ("reward", "logps", "kl", "answer_length", "cut_share", "entropy", "groups")
+# Scorer of grpo
+REWARD = """
+def letters(answer, row):
+    return sum(letter in "abcde" for letter in answer) / max(1, len(answer))
+"""
 DEADLINE = 600.0  # maximum seconds of a run
 SURVIVORS_END = 120.0  # maximum seconds until the other ranks end after a kill
 
@@ -252,6 +259,7 @@ def kill_at_random(
     train(words, whole, ranks, is_long=True)
     seconds = training_seconds(whole)
     killed_at: list[list[int]] = []
+    sampling: list[int] = []
     victims: list[list[int]] = []
     reports = []
     while sum(map(len, killed_at)) < kills:
@@ -267,6 +275,9 @@ def kill_at_random(
                 break
             steps.append(step)
             victims[-1].append(victim)
+            rollouts = output_dir / "rollouts"
+            if rollouts.exists() and not (rollouts / f"step-{step + 1}.safetensors").exists():
+                sampling.append(step + 1)
         train(words, output_dir, ranks, is_long=True, streamed=streamed)
         killed_at.append(steps)
         report = compare(whole, output_dir)
@@ -282,6 +293,7 @@ def kill_at_random(
         "kills": sum(map(len, killed_at)),
         "killed_at_steps": killed_at,
         **killed_ranks,
+        "killed_while_sampling": sampling,
         "steps": LONG_STEPS,
         "checkpoint_every": LONG_CHECKPOINT_EVERY,
         "streamed_layers": streamed,
@@ -320,12 +332,14 @@ def compare(whole: Path, resumed: Path) -> dict[str, Any]:
     """
     records = list(zip(read_records(whole), read_records(resumed), strict=True))
     unequal_steps = [left["step"] for left, right in records if compared(left) != compared(right)]
-    largest = max(abs(left["loss"] - right["loss"]) / abs(left["loss"]) for left, right in records)
-    weights = [file.name for file in sorted((whole / "final").glob("*.safetensors"))]
+    # A step of grpo whose groups have equal rewards has the loss 0.
+    largest = max(
+        abs(left["loss"] - right["loss"]) / (abs(left["loss"]) or 1.0) for left, right in records
+    )
+    files = [*(whole / "final").glob("*.safetensors"), *(whole / "rollouts").glob("*.safetensors")]
+    weights = [str(file.relative_to(whole)) for file in sorted(files)]
     unequal_files = [
-        name
-        for name in weights
-        if (whole / "final" / name).read_bytes() != (resumed / "final" / name).read_bytes()
+        name for name in weights if (whole / name).read_bytes() != (resumed / name).read_bytes()
     ]
     return {
         "steps": len(records),
@@ -394,7 +408,11 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         rows.write_text("".join(lines), encoding="utf-8")
         changes["data"] = {"train": {"source": str(rows), "format": "text"}}
-    if options.method:
+    if options.method == "grpo":
+        (folder / "rewards.py").write_text(REWARD, encoding="utf-8")
+        method = {"name": "grpo", "reward": "rewards.py:letters", "group": 4, "answer_tokens": 24}
+        changes |= {"method": method, "train": {"global_batch": "4 examples"}}
+    elif options.method:
         write, data_format = write_pairs, "preference"
         if options.method == "kto":
             write, data_format = write_feedback, "feedback"
@@ -428,7 +446,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value")
     parser.add_argument("--shape")
     parser.add_argument("--family")
-    parser.add_argument("--method", choices=("dpo", "orpo", "simpo", "kto"))
+    parser.add_argument("--method", choices=("dpo", "orpo", "simpo", "kto", "grpo"))
     parser.add_argument("--rows", choices=("pictures", "documents"), help="requires --family")
     parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
     parser.add_argument("--layers", type=int, default=4)
