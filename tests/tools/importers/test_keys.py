@@ -45,6 +45,7 @@ BASES["axolotl pairs"] = BASES["axolotl"] | {
 }
 BASES["llamafactory pairs"] = BASES["llamafactory"] | {"stage": "dpo", "lora_dropout": 0.1}
 BASES["trl pairs"] = BASES["trl"] | {"use_peft": True}
+BASES["trl rewards"] = BASES["trl pairs"] | {"reward_funcs": "my.f"}
 
 
 def translated(
@@ -141,6 +142,15 @@ def test_a_plain_scalar_is_what_pyyaml_reads() -> None:
     assert {text: yaml_1_1_scalar(text) for text in CAST} == CAST
 
 
+RL = {
+    "name": "grpo",
+    "beta": 0.0,
+    "reward": ["recipe-rewards.py:my_f"],
+    "group": 8,
+    "answer_tokens": 512,
+    "temperature": 1.0,
+    "variant": "dapo",
+}
 METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("axolotl pairs", {"rl": "orpo", "orpo_alpha": 0.3}, {"name": "orpo", "beta": 0.3}),
     ("axolotl pairs", {"rl": "dpo", "trl": {"beta": 0.4}, "rpo_alpha": 0.5}, {"name": "dpo", "beta": 0.4, "loss_type": "sigmoid", "sft_weight": 0.5}),
@@ -152,6 +162,12 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("trl pairs", {"loss_type": "simpo", "simpo_gamma": 0.7, "beta": 2.0, "cpo_alpha": 0.0}, {"name": "simpo", "beta": 2.0, "simpo_gamma": 0.7}),
     ("trl pairs", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}, {"name": "dpo", "beta": 0.1, "loss_type": "sigmoid", "sft_weight": 0.3}),
     ("trl pairs", {}, {}),
+    *(
+        ("trl rewards", theirs, {**RL, "variant": variant})
+        for variant, theirs in {"dapo": {}, "grpo": {"loss_type": "grpo"}, "dr_grpo": {"loss_type": "dr_grpo"}}.items()
+    ),
+    ("trl rewards", {"reward_funcs": ["accuracy_reward", "my.module.f"], "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "num_generations": 4, "max_completion_length": 32},
+     {**RL, "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "group": 4, "answer_tokens": 32, "reward": ["recipe-rewards.py:accuracy_reward", "recipe-rewards.py:my_module_f"]}),
 ]  # fmt: skip
 
 
@@ -161,8 +177,11 @@ def test_a_method_has_its_numbers(base, theirs, method, tmp_path):
     values = translated(base, theirs, tmp_path).values
     prefix = "method."
     found = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+    if "reward" in found:
+        found["reward"] = [Path(path).name for path in found["reward"]]
     assert found == method
-    assert not method or values["adapter.dropout"] == 0.0
+    dropout = 0.05 if "grpo" in found.values() else 0.0
+    assert not method or values["adapter.dropout"] == dropout
 
 
 # Base, keys; those that make the training differ, and those that do not.
@@ -186,6 +205,16 @@ NOTES: list[tuple[str, dict[str, Any], str, str]] = [
     ("axolotl pairs", {"rl": "orpo"}, "rl", ""),
     ("axolotl pairs", {"rl": "dpo", "lora_model_dir": "sft", "dpo_use_weighting": True}, "lora_model_dir dpo_use_weighting", ""),
     ("llamafactory pairs", {"dpo_label_smoothing": 0.1, "ref_model": "m/other"}, "dpo_label_smoothing ref_model", ""),
+    ("trl rewards", {"scale_rewards": "none", "top_k": 0, "top_p": 1, "num_iterations": 1, "use_vllm": False, "vllm_mode": "server", "epsilon": 0.1, "epsilon_high": 0.3, "delta": 4.0, "entropy_coef": 0.0, "use_bias_correction_kl": True, "max_completion_length": 9},
+     "reward_funcs", "top_k top_p num_iterations use_vllm vllm_mode epsilon epsilon_high delta entropy_coef use_bias_correction_kl"),
+    ("trl rewards", {"scale_rewards": True, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "num_iterations": 2, "steps_per_generation": 4, "use_vllm": True, "mask_truncated_completions": True, "beta": 0.1, "sync_ref_model": True, "generation_kwargs": {"no_repeat_ngram_size": 2},
+                     "entropy_coef": 0.1, "importance_sampling_level": "sequence", "top_entropy_quantile": 0.2, "repetition_penalty": 1.1},
+     "scale_rewards top_k top_p min_p num_iterations steps_per_generation use_vllm mask_truncated_completions sync_ref_model generation_kwargs.no_repeat_ngram_size entropy_coef importance_sampling_level top_entropy_quantile repetition_penalty use_bias_correction_kl", ""),
+    # Our formula is the same with grpo and `group`, dr_grpo and `none`, and dapo and `none`.
+    *(("trl rewards", {"loss_type": loss, "scale_rewards": scale}, differing, "")
+      for loss, scale, differing in (("grpo", "none", "scale_rewards"), ("grpo", "batch", "scale_rewards"), ("dr_grpo", "group", "scale_rewards"), ("bnpo", "none", "loss_type"))),
+    *(("trl rewards", {"loss_type": loss, "scale_rewards": scale}, "reward_funcs", "") for loss, scale in (("grpo", "group"), ("dr_grpo", False))),
+    ("trl rewards", {"loss_type": "grpo", "beta": 0.1}, "loss_type", ""),
     ("trl pairs", {"beta": 0.1, "f_divergence_type": "js_divergence", "sync_ref_model": True, "ld_alpha": 0.5}, "f_divergence_type sync_ref_model ld_alpha", ""),
 ]  # fmt: skip
 
@@ -209,7 +238,11 @@ REFUSED: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("axolotl", {"adapter": "lora", "lora_target_modules": r".*\.(q|v)_proj"}, "lora_target_modules", ["adapter.target="]),
     ("trl", {"dataset_name": None, "datasets": [{"path": "org/a"}, {"path": "org/b"}]}, "datasets.0.path", ["data.train"]),
     ("trl", {"dataset_mixture": {"datasets": [{"id": "org/a"}]}}, "dataset_mixture.datasets.0.id", ["data.train"]),
-    ("trl", {"beta": 0.1, "num_generations": 1}, "num_generations", []),
+    ("trl", {"num_generations": 4}, "reward_funcs", ["method.reward=exact"]),
+    *(("trl rewards", {"reward_funcs": [name]}, name, []) for name in ("get_soft_overlong_punishment", "a b.c", "my-lib.f")),
+    *(("trl rewards", {"loss_type": name}, "loss_type", []) for name in ("cispo", "sapo", "luspo", "vespo", "sigmoid")),
+    *(("trl rewards", {key: 1}, key, []) for key in ("reward_model_name_or_path", "max_tool_calling_iterations", "normalize_advantages")),
+    ("trl rewards", {"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation", []),
     ("axolotl pairs", {"rl": "grpo"}, "rl", []),
     ("llamafactory pairs", {"stage": "ppo"}, "stage", []),
     ("trl pairs", {"beta": 0.1, "loss_type": ["sigmoid", "hinge"]}, "loss_type", []),

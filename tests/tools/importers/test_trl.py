@@ -12,6 +12,7 @@ import pytest
 from invoke import invoke
 from tunesmith.config.load import load_recipe
 from tunesmith.optim.lr_schedule import scheduled_rate
+from tunesmith.scoring.scorers import ScoredRow, find_scorer, score_answer
 from tunesmith.tools.importers.source_config import read_config, table
 from tunesmith.tools.importers.translate import translate
 
@@ -39,10 +40,14 @@ def test_the_numbers_of_each_trainer_are_those_that_are_installed() -> None:
     from trl.experimental.orpo import ORPOConfig
 
     trainers = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "orpo": ORPOConfig, "simpo": CPOConfig}
+    trainers |= {"grpo": trl.GRPOConfig}
     for method, config in trainers.items():
         fields = {field.name: field for field in dataclasses.fields(config)}
         of_method = [s for s in table("trl")["when"] if s.get("if") == {"method.name": method}]
         for name, value in next(s["implied"] for s in of_method if "implied" in s).items():
+            if value is None:
+                assert name not in fields
+                continue
             real = fields[name].default
             if real is dataclasses.MISSING:
                 real = fields[name].default_factory()
@@ -90,3 +95,77 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
         assert ours - theirs.get_last_lr()[0] == pytest.approx(rise, abs=1e-12)
         optimizer.step()
         theirs.step()
+
+
+FUNCTIONS = """
+def halves(prompts, completions, solution, **columns):
+    (completion,) = completions
+    text = completion if isinstance(prompts[0], str) else completion[0]["content"]
+    return [None if solution == [""] else len(text) % 2 / 2]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_grpo_trains_with_the_rewards_of_trl(is_chat: bool, tiny: Path, tmp_path: Path) -> None:
+    from tunesmith.training.run import train
+
+    recipe = tmp_path / "new" / "recipe.yaml"
+    recipe.parent.mkdir()
+    words = ["import", FILE.with_name("trl-grpo.yaml"), "--world", 2, "--output", recipe, "--force"]
+    assert invoke(*words).code == 0
+    run = load_recipe(recipe)
+    assert run.method.reward == tuple(
+        f"{recipe.with_name('recipe-rewards.py')}:{name}"
+        for name in ("think_format_reward", "my_rewards_halves")
+    )
+    # 4 answers in a micro batch, 2 micro batches, 2 processes: 4 prompts with 4 answers each.
+    assert str(run.train.global_batch) == "4 examples"
+    expected = ((0.5, 1.0), 4, 16, 0.9, 0.0, "dr_grpo", "last", 16 + 1024)
+    method = run.method
+    assert expected == (
+        *(method.reward_weights, method.group, method.answer_tokens, method.temperature),
+        *(method.beta, method.variant, run.data.train_on, run.data.seq_len),
+    )
+
+    # Rows as TRL takes them, without answers.
+    (recipe.parent / "my_rewards.py").write_text(FUNCTIONS)
+    prompts: list[Any] = [f"Say {n}: " for n in range(8)]
+    scorers, overrides = method.reward, {}
+    if is_chat:
+        prompts = [[{"role": "user", "content": text}] for text in prompts]
+    else:
+        overrides = {"method.reward": scorers[1], "method.reward_weights": []}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": p, "solution": "1"}) + "\n" for p in prompts))
+    recipe.write_text(recipe.read_text().replace("trl-lib/DeepMath-103K", str(rows)))
+    overrides |= {
+        "model.name": str(tiny), "model.dtype": "fp32", "train.duration": "2 steps",
+        "train.compile": "off", "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    assert train(load_recipe(recipe, overrides), quiet=True).steps == 2
+
+    prompt = prompts[0]
+    scored = ScoredRow("", "", {"prompt": prompt, "solution": "1"}, "rows.jsonl:1")
+    for answer, score in (("<think>a</think>b", (1.0, 0.5)), ("abcd", (0.0, 0.0))):
+        found = [score_answer(find_scorer(name), answer, scored) for name in scorers[1 - is_chat :]]
+        assert found == [*score[1 - is_chat :]]
+    unscored = ScoredRow("", "", {"prompt": prompt, "solution": ""}, "rows.jsonl:1")
+    assert score_answer(find_scorer(scorers[1]), "abc", unscored) == 0
+    # A second import keeps what the user has changed in the scorers.
+    recipe.with_name("recipe-rewards.py").write_text("# mine")
+    assert invoke(*words).code == 0
+    assert recipe.with_name("recipe-rewards.py").read_text() == "# mine"
+
+
+def test_all_keys_of_trls_own_grpo_config_are_known(tmp_path: Path) -> None:
+    args = trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True).to_dict()
+    names = {"model_name_or_path": "m/m", "dataset_name": "d/d", "reward_funcs": ["my.f"]}
+    path = tmp_path / "trl.yaml"
+    path.write_text(json.dumps({**args, **names}))
+    draft = translate(read_config(path, None), {}, 1)
+    # 8 answers a step: one prompt.
+    assert draft.values["train.global_batch"] == "1 examples"
+    differing = {note.key for note in draft.notes.values() if note.differs}
+    # TRL's own default of dapo divides the advantages.
+    assert differing == {"reward_funcs", "scale_rewards", "dtype", "dataset_name"}

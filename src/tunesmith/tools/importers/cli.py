@@ -69,9 +69,8 @@ def run(args: argparse.Namespace) -> None:
     for word in words:
         key, _, value = word.partition("=")
         overrides[key.strip()] = value.strip()
-    recipe = translate(source, overrides, args.world)
-
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
+    recipe = translate(source, overrides, args.world, path)
     if path.exists() and not args.force:
         fix = "choose another file with --output RECIPE, or overwrite this one with --force"
         raise UsageError("this file already exists", where=path, fix=fix)
@@ -84,8 +83,11 @@ def run(args: argparse.Namespace) -> None:
     origin = json.dumps(shlex.join(mask_words(args.words)))
     head = f"{schema_line()}\n# from {source.tool}: {origin}"
     write_atomically(path, recipe.text(tree, head, path.resolve().parent))
-
     print(f"{path}: {count_of(len(recipe.values), 'value')} from {source.tool}")
+    for file, text in recipe.files.items():
+        if not file.exists():
+            write_atomically(file, text)
+        print(f"{relative_to_cwd(file)}: the scorers of the recipe")
     for title, differs in (
         ("keys that may change the training:", True),
         ("keys that need nothing in the recipe:", False),

@@ -19,6 +19,7 @@ from tunesmith.config.names import nearest, without_indices
 from tunesmith.errors import UsageError
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, ToolTable, source_keys
 from tunesmith.tools.importers.translation import Translation, length
+from tunesmith.tools.importers.trl_rewards import set_rewards
 from tunesmith.units import count_of
 
 _NAME_ROWS = (
@@ -28,7 +29,12 @@ _NAME_ROWS = (
 _BETAS = {"beta1": 0.9, "beta2": 0.999}
 
 
-def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | None) -> Translation:
+def translate(
+    source: SourceConfig,
+    overrides: Mapping[str, str],
+    world: int | None,
+    path: Path = Path("recipe.yaml"),
+) -> Translation:
     """Translate a configuration to a recipe.
 
     Each key of the file either sets a recipe key or gets a note.
@@ -36,6 +42,7 @@ def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | N
     Args:
         overrides: recipe keys from the command line.
         world: number of training processes.
+        path: the file that the recipe will be written to.
 
     Raises:
         UsageError: a value that the recipe needs is missing or has no equivalent.
@@ -57,6 +64,8 @@ def translate(source: SourceConfig, overrides: Mapping[str, str], world: int | N
     if source.tool == "trl":
         _set_trl_losses(recipe)
         _set_trl_rows(recipe)
+        if recipe.method == "grpo":
+            set_rewards(recipe, path.absolute().with_name(f"{path.stem}-rewards.py"))
     else:
         _set_rows(recipe, "train")
         _set_rows(recipe, "validation")
@@ -191,7 +200,8 @@ def _set_trl_rows(recipe: Translation) -> None:
     # `dataset_text_field` can also name a column of messages. TRL then reads the column as
     # messages.
     is_chat = column in ("text", "messages", "conversations", "completion")
-    method_format = METHOD_FORMATS.get(recipe.method, "messages" if is_chat else "text")
+    formats = {**METHOD_FORMATS, "grpo": "prompt"}
+    method_format = formats.get(recipe.method, "messages" if is_chat else "text")
     row_format = recipe.overrides.get("data.train.format", method_format)
 
     if "data.train.source" not in recipe.overrides:
@@ -224,6 +234,8 @@ def _set_trl_rows(recipe: Translation) -> None:
     if any(map(recipe.is_on, answers_only)):
         is_masked = row_format != "text"
     train_on = "response" if is_masked or recipe.method != "sft" else "all"
+    if recipe.method == "grpo":
+        train_on = "last"
     recipe.set_key(
         "data.train_on", train_on, *answers_only, why=f"The rows have the format {row_format}."
     )
@@ -528,9 +540,31 @@ def _set_batch(recipe: Translation, world: int | None) -> None:
 
     batch = int(rows * processes // tensor)
     why = f"{processes:g} processes"
+    if recipe.method == "grpo":
+        batch = _count_prompts(recipe, batch)
+        why += ". A batch of the source counts answers, and a batch of tunesmith counts prompts."
     size = f"{batch} examples"
     if recipe.is_on("packing") or recipe.is_on("neat_packing"):
         why += f", {count_of(batch, 'packed row')} of data.seq_len"
         size = f"{batch * recipe.number('data.seq_len')} tokens"
     names = ("rows", "accumulation", "processes")
     recipe.set_key("train.global_batch", size, *names, why=why)
+
+
+def _count_prompts(recipe: Translation, answers: int) -> int:
+    """Return the number of prompts in a batch with this number of answers."""
+    # With these values, each batch of sampled answers is used for one update.
+    for name, usual in (
+        ("steps_per_generation", recipe.count("accumulation")),
+        ("generation_batch_size", answers),
+    ):
+        if recipe.number(name) == usual:
+            recipe.note(name, "The source makes one update per batch of answers.", differs=False)
+    group = recipe.count("method.group")
+    if answers % group:
+        raise recipe.error(
+            "method.group",
+            f"the {answers} answers of a step are not a multiple of the answers to a prompt",
+            'add train.global_batch="N examples", where N is the number of prompts',
+        )
+    return answers // group
