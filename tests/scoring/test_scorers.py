@@ -15,7 +15,6 @@ from tunesmith.errors import DataError, RunError, UsageError
 from tunesmith.scoring.scorers import (
     SCORERS,
     ScoredRow,
-    check_scorer_names,
     find_scorer,
     score_answer,
 )
@@ -164,32 +163,6 @@ def test_a_scorer_of_ones_own_gets_answer_and_row_and_its_faults_name_the_row(
             score_answer(find_scorer(f"{file}:{function}"), "ab", scored)
         assert why in failed.value.why
         assert failed.value.fix
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "looked_at_first"),
-    [
-        ("accuracy", "", True),
-        ("mine.py:a b", "", True),
-        ("other.py:length", "", True),
-        ("mine.py:missing", OWN, False),
-        ("mine.py:number", OWN, False),
-        ("mine.py:length", "def length(", False),
-        ("mine.py:length", "raise SystemExit(3)", False),
-    ],
-)
-def test_a_scorer_that_is_none_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, looked_at_first: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(content)
-    with pytest.raises(UsageError) as refused:
-        find_scorer(name)
-    assert name in f"{refused.value.where} {refused.value.what}"
-    assert refused.value.fix
-    if looked_at_first:
-        with pytest.raises(UsageError):
-            check_scorer_names([name])
 
 
 def test_the_last_number_of_an_answer_is_rewarded() -> None:

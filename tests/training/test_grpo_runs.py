@@ -104,16 +104,6 @@ def test_a_changed_scorer_is_refused(tiny: Path, tmp_path: Path) -> None:
     assert refused.value.where.startswith("method.reward: ")
 
 
-def test_rewards_that_are_always_0_are_refused_before_the_weights_are_read(
-    tiny: Path, tmp_path: Path
-) -> None:
-    """The rows' own answers have a reward of 0: the scorer does not fit the rows."""
-    (tmp_path / "r.py").write_text("def letters(answer, row):\n    return 0.0\n")
-    with refuses(DataError, where="method.reward"):
-        train(make_run(tiny, tmp_path, **RL), quiet=True)
-    assert not (tmp_path / "run").exists()
-
-
 def command(*words: object) -> str:
     """Run a command, and return what it printed."""
     done = invoke(*words)

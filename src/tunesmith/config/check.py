@@ -140,6 +140,12 @@ def _grpo(run: Run) -> Iterator[Problem]:
             f"has {count} values, but method.reward has {len(rewards)}",
             fix="give one weight for each scorer",
         )
+    elif method.reward_weights and max(method.reward_weights) <= 0:
+        yield Problem(
+            "method.reward_weights",
+            "has no weight above 0, so the best answers would get no reward",
+            fix="set a weight above 0; a negative weight is for a scorer of faults",
+        )
     if not rewards:
         yield Problem(
             "method.reward",

@@ -25,6 +25,9 @@ from tunesmith.config.row_settings import NOTATION
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host.child_output import exit_text
 
+# Time in which a worker whose pipe is closed has to exit before it is killed.
+SECONDS_TO_EXIT = 1
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -121,6 +124,10 @@ class Worker(Generic[Task, Result]):
             is_late = seconds is not None and not wait([answers.fileno()], seconds)
             answer: Result | Exception = TimeoutError() if is_late else pickle.load(answers)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
+            # The function may have closed or written to the pipe without ending the process.
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(SECONDS_TO_EXIT)
+            self.process.kill()
             raise MachineError(
                 f"{self.what} exited without a result",
                 where=where,
@@ -143,10 +150,12 @@ def serve() -> None:
 
     Write the result or error of each task to stdout.
     """
-    requests = sys.stdin.buffer
+    requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     # Redirect stdout to stderr, so that text that libraries print is not mixed with the results.
+    # Close stdin, so that the function and its processes cannot read the tasks.
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # EOFError means that stdin has ended. The worker exits in this case.
     with suppress(EOFError, BrokenPipeError):
         NOTATION.set(pickle.load(requests))

@@ -26,7 +26,9 @@ def exit_text(code: int) -> str:
     """Describe how a process ended, from its return code."""
     if code >= 0:
         return f"the process exited with code {code}"
-    text = f"the process was ended by {signal.Signals(-code).name}"
+    # A real-time signal has no name.
+    names = {number.value: number.name for number in signal.Signals}
+    text = f"the process was ended by {names.get(-code, f'signal {-code}')}"
     if code == -signal.SIGKILL:
         return f"{text}: the kernel may have killed it because memory ran out (check dmesg)"
     return text

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import NamedTuple, Self
 
 from tunesmith.data.workers import Worker
-from tunesmith.errors import DataError, MachineError, RunError
+from tunesmith.errors import DataError, MachineError, RunError, UsageError
 from tunesmith.scoring.scorers import SCORERS, ScoredRow, find_scorer, score_answer
 from tunesmith.scoring.tool_calls import CallReader
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # services or run code.
 SCORER_SECONDS = 10
 OWN_SCORER_SECONDS = 60
+# Time limit for loading the file of a scorer, in seconds. The file may import large packages.
+LOAD_SECONDS = 120
 # Maximum size of a file that a scorer writes. The text that it prints for one answer is such a
 # file, of which the first MAX_SHOWN_BYTES are shown.
 MAX_WRITTEN_BYTES = 256 << 20
@@ -119,13 +121,12 @@ class ScorerProcess:
     def start(self) -> Worker[_Call, float]:
         """Start the process if it does not run, and load the scorers.
 
-        Raise UsageError as `find_scorer`.
+        Raise UsageError as `find_scorer`, and if a file takes too long or ends the process.
         """
         if self._worker is None:
             self._worker = Worker(self._function, "the scorers' process")
-            # Do not limit the time, because a file of the user may import large packages.
             for name in self.names:
-                self._worker(_Call(name), "--score")
+                self._call(_Call(name), f"--score {name}", UsageError)
         return self._worker
 
     def __enter__(self) -> Self:
@@ -155,11 +156,14 @@ class ScorerProcess:
         """
         return self._call(_Call(name, answer, row), row.where, RunError)
 
-    def _call(self, call: _Call, where: str, error: type[DataError] | type[RunError]) -> float:
+    def _call(self, call: _Call, where: str, error: type[UsageError] | type[RunError]) -> float:
         is_own = call.name not in SCORERS
         seconds = self.own_seconds if is_own else SCORER_SECONDS
+        if call.row is None:
+            seconds = LOAD_SECONDS
+        worker = self._worker or self.start()
         try:
-            return self.start()(call, where, seconds)
+            return worker(call, where, seconds)
         except TimeoutError:
             self.close()
             what = f"the scorer {call.name} takes longer than {seconds:g} seconds"
@@ -168,6 +172,9 @@ class ScorerProcess:
             if is_own:
                 why = "the scorer may be in an endless loop, or may wait for something"
                 fix = f"fix the scorer: one row may take at most {seconds:g} seconds"
+            if call.row is None:
+                what = f"the file of {call.name} takes longer than {seconds:g} seconds to load"
+                fix = "start no work when the file is loaded, only define functions"
         except MachineError as fault:
             self.close()
             what = f"the scorer {call.name} ended its process"
@@ -211,6 +218,10 @@ class ScorerPool:
         """End the processes. A later call of `scores` starts them again."""
         for process in self._processes:
             process.close()
+
+    def check(self, name: str, row: ScoredRow) -> None:
+        """Raise DataError if the scorer cannot score the row."""
+        self._processes[0].check(name, row)
 
     def scores(self, name: str, answers: Sequence[tuple[str, ScoredRow]]) -> list[float | None]:
         """Return the score of each answer. It is None if the scorer has failed, which is logged.

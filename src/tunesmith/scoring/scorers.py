@@ -9,6 +9,7 @@ invalid, its score is 0. Scorers run in other processes, see `process.py`.
 import difflib
 import json
 import re
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -124,14 +125,18 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
         raise RunError(
             f"the scorer {scorer.name} did not return a number from 0 to 1",
             where=row.where,
-            why=f"the scorer returned {value!r:.200}",
+            why=f"the scorer returned {reprlib.repr(value)}",
             fix="return a float from 0 to 1, then run the same command again; the answers are kept",
         )
     return float(value)
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    try:
+        text = f": {error}".rstrip(": ")
+    except Exception:  # the error of a scorer can be of any class
+        text = ""
+    return type(error).__name__ + text
 
 
 def _check_not_blank(row: ScoredRow) -> None:

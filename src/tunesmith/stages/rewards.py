@@ -1,12 +1,14 @@
 """Checks of a run with sampled answers, before the weights are read: its prompts and its reward."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError, RecipeError, RunError, UsageError
 from tunesmith.model.model_types import Support
 from tunesmith.scoring.reward import Reward, RewardedAnswer
 from tunesmith.scoring.rows import make_scored_row
@@ -16,13 +18,29 @@ from tunesmith.scoring.scorers import SCORERS, check_scorer_names
 SCORED_ROWS = 64
 
 
+@contextmanager
+def _errors_of_reward() -> Iterator[None]:
+    """Raise errors of scorers as errors of the recipe, before the run begins."""
+    try:
+        yield
+    except RunError as error:
+        fix = error.fix.partition(", then")[0]
+        raise DataError(error.what, where=error.where, why=error.why, fix=fix) from None
+    except UsageError as error:
+        error.where = error.where.replace("--score", "method.reward")
+        error.fix = error.fix.replace("--score ", "method.reward=")
+        raise
+
+
 def reward_digest(run: Run) -> str:
     """Return the SHA-256 of the scorers: their names, and the content of the user's files.
 
     Raise UsageError if a file of `method.reward` does not exist.
     """
     digest = hashlib.sha256(repr(run.method.reward_weights).encode())
-    for name in check_scorer_names(run.method.reward):
+    with _errors_of_reward():
+        names = check_scorer_names(run.method.reward)
+    for name in names:
         if name in SCORERS:
             digest.update(name.encode())
         else:
@@ -78,19 +96,34 @@ class OwnRewards(NamedTuple):
 def own_rewards(run: Run, data: TrainingData) -> OwnRewards | None:
     """Reward the own answers of the first rows. Return None if no row has an answer.
 
-    Raise RunError if a scorer fails.
+    Raises:
+        DataError: a scorer fails, or cannot score a row.
+        UsageError: a scorer cannot be loaded.
     """
+    names = check_scorer_names(run.method.reward)
+    compared = [name for name in names if name in SCORERS]
     items = []
     for i in range(min(SCORED_ROWS, len(data.train))):
         sample = data.train.sample(i, run.data.system)
         where = data.train.where(i)
         scored = make_scored_row(data.template, sample, data.train.row(i), where)
+        if scored is None and compared:
+            raise DataError(
+                "the row has no answer",
+                where=where,
+                why=f"the scorer {compared[0]} compares answers with it",
+                fix="write the answer, delete the row, or use your own scorer",
+            )
         if scored is not None:
             items.append(RewardedAnswer(scored.reference, scored.raw_reference, scored))
+    # Load the scorers even if there is nothing to score, so that their errors are found now.
+    with _errors_of_reward(), Reward(run.method, data.template) as reward:
+        for item in items:
+            for name in compared:
+                reward.check(name, item.row)
+        values = reward.of(items).tolist()
     if not items:
         return None
-    with Reward(run.method, data.template) as reward:
-        values = reward.of(items).tolist()
     places = [item.row.where for item in items]
     return OwnRewards(values, [at for at, value in zip(places, values, strict=True) if not value])
 

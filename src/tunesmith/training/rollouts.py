@@ -24,6 +24,7 @@ from tunesmith.data.batches.loader import GlobalBatch, Loader
 from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.errors import RunError, UsageError
 from tunesmith.host.cores import available_cores
 from tunesmith.inference.answers import decode
 from tunesmith.inference.decoding import Decoding
@@ -133,7 +134,12 @@ class RewardedSampling:
                 ids = answer.ids[:-1] if answer.finished else answer.ids
                 raw = decode(tokenizer, ids, with_special=True)
                 items.append(RewardedAnswer(decode(tokenizer, ids), raw, row))
-        rewarded = iter(zip(self.reward.of(items).tolist(), items, strict=True))
+        try:
+            rewards = self.reward.of(items).tolist()
+        except (RunError, UsageError) as error:
+            fix = error.fix.partition(", then")[0] + ", then add checkpoint.resume=force"
+            raise RunError(error.what, where=error.where, why=error.why, fix=fix) from None
+        rewarded = iter(zip(rewards, items, strict=True))
         rollouts: dict[int, list[Rollout]] = {n: [] for n in groups}
         for n, group in groups.items():
             for answer in group:
