@@ -2,11 +2,11 @@
 
 Every part of tunesmith that shows, compares or continues a run reads the small files of the run
 with this module. The files may be incomplete (the run was killed, or only partly copied), edited by
-hand or written by another version, so all values are checked:
+hand or written by another version, so their types are checked:
 
     open_regular  refuses pipes and devices, because reading them may block forever
-    parse_json    refuses NaN, lone surrogates, very deep nesting and numbers that are too large
-    read_*        return the values of the right type, and a text about the wrong values
+    parse_json    refuses NaN, lone surrogates and very deep nesting
+    read_*        return the content, or a text that says why it cannot be used
 
 A missing file is not an error, because a run writes most files late or never. The types of the
 metrics records are in `metrics/record.py`.
@@ -16,10 +16,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -33,7 +33,7 @@ from typing import (
     cast,
 )
 
-from annotated_types import Ge, Le, Len
+from annotated_types import Ge, Len
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from tunesmith.config import schema
@@ -43,7 +43,6 @@ from tunesmith.config.schema import Run
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
 from tunesmith.host.files import find_similar_path, relative_to_cwd
-from tunesmith.host.packages import COMPUTE
 from tunesmith.units import Length
 
 if TYPE_CHECKING:
@@ -106,13 +105,6 @@ class Phase(StrEnum):
     END = "end"
 
 
-# Maximum absolute value of a number in a file. With this limit, the sum of the squares of many
-# numbers is still finite.
-LARGEST = 1e100
-# Maximum step or count in a file. JavaScript represents integers exactly up to this number.
-LARGEST_COUNT = 2**53
-# Maximum size of a JSON file. The largest manifests have a few MiB.
-MAX_FILE_BYTES = 64 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -172,42 +164,14 @@ def suggest_run(path: Path) -> str:
 
 
 def parse_json(text: str | bytes) -> object:
-    """Parse a JSON text.
-
-    Raise ValueError if the text is not strict JSON, or contains a number beyond LARGEST.
-    """
+    """Parse a JSON text. Raise ValueError if it is not strict JSON."""
     from pydantic_core import from_json
 
     value: object = from_json(text, allow_inf_nan=False)
-    _check_numbers(value)
     return value
 
 
-def _check_numbers(value: object) -> None:
-    """Raise ValueError for a number beyond LARGEST. The JSON parser limits the recursion depth."""
-    if isinstance(value, dict):
-        for item in value.values():
-            _check_numbers(item)
-    elif isinstance(value, list):
-        for item in value:
-            _check_numbers(item)
-    elif isinstance(value, int | float) and not -LARGEST <= value <= LARGEST:
-        raise ValueError("a number in the file is too large")
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is a number up to LARGEST. A bool is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -LARGEST <= value <= LARGEST
-
-
-def is_count(value: object) -> bool:
-    """Return whether a value is an integer from 0 to LARGEST_COUNT."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
-
-
-Count = Annotated[int, Ge(0), Le(LARGEST_COUNT)]
+Count = Annotated[int, Ge(0)]
 Interval = Annotated[list[float], Len(3, 3)]  # mean, lower and upper end of the interval
 
 
@@ -236,11 +200,7 @@ def read_object(path: Path, form: type[T]) -> T:
 
     Raise OSError if the file cannot be read, and ValueError if its content has another type.
     """
-    with open_regular(path) as file:
-        text = file.read(MAX_FILE_BYTES + 1)
-    if len(text) > MAX_FILE_BYTES:
-        raise ValueError("the file is larger than 64 MiB")
-    values = parse_json(text)
+    values = parse_json(read_bytes(path))
     fault = form_fault(values, form)
     if fault:
         raise ValueError(fault)
@@ -261,27 +221,6 @@ def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
         return Part(None, reason_of(error))
 
 
-def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[Fields | None]:
-    """Read a JSON file that contains an object, and remove its values of a wrong type.
-
-    The value is None if there is no file.
-    """
-    values, fault, _ = read_part(path, lambda file: read_object(file, Fields))
-    if values is not None:
-        fault = _drop_wrong_types(values, forms)
-    return Part(values, fault)
-
-
-def _drop_wrong_types(values: Fields, forms: Mapping[str, object]) -> str:
-    """Remove the values of a wrong type, and return a text with their names."""
-    wrong = []
-    for name, form in forms.items():
-        if values.get(name) is not None and form_fault(values[name], form):
-            wrong.append(name)
-            del values[name]
-    return f"values of the wrong type: {', '.join(wrong)}" if wrong else ""
-
-
 def reason_of(error: OSError | ValueError) -> str:
     """Return why a file could not be read, in words."""
     if isinstance(error, OSError):
@@ -289,46 +228,40 @@ def reason_of(error: OSError | ValueError) -> str:
     return str(error)
 
 
-_ENV_TEXTS = (
-    *COMPUTE,
-    "python",
-    "cpu",
-    "commit",
-    "data_hash",
-    "validation_hash",
-    "model_hash",
-    "recipe_hash",
-)
-_ENV_FORMS = {
-    **dict.fromkeys(_ENV_TEXTS, str),
-    "command": list[str],
-    "validation_examples": Count,
-}
+class Environment(TypedDict, total=False):
+    """Values of env.json that are read again. Further values are only shown."""
+
+    command: list[str] | None
+    commit: str | None
+    data_hash: str | None
+    validation_hash: str | None
+    model_hash: str | None
+    validation_examples: Count
 
 
 class Failure(TypedDict, total=False):
     """Content of failure.json: the error that ended the run, with its rank and phase."""
 
     what: str
-    where: str
-    why: str
-    cause: str
-    rank: Count
-    host: str
-    phase: str
-    collective: str
-    last_step: Count
-    next: str
+    where: str | None
+    why: str | None
+    cause: str | None
+    rank: Count | None
+    host: str | None
+    phase: str | None
+    collective: str | None
+    last_step: Count | None
+    next: str | None
 
 
 class Stopped(TypedDict, total=False):
     """Content of stopped.json: the reason of the stop, and the saved step."""
 
-    signal: str
+    signal: str | None
     reason: str
-    step: Count
+    step: Count | None
     what: str
-    figures: dict[str, object]
+    figures: dict[str, object] | None
 
 
 class RunningNote(TypedDict):
@@ -343,8 +276,8 @@ class RunningNote(TypedDict):
 
 def read_env(folder: Path) -> Part[Fields]:
     """Read env.json. The value is an empty dict if the file does not exist."""
-    values, fault, _ = _read_fields(folder / IDENTITY, _ENV_FORMS)
-    return Part(values or {}, fault)
+    values, fault, _ = read_part(folder / IDENTITY, partial(read_object, form=Environment))
+    return Part(cast("Fields", values or {}), fault)
 
 
 def held_out_hash(folder: Path) -> str | None:
@@ -367,13 +300,11 @@ def held_out_hash(folder: Path) -> str | None:
 
 
 def read_failure(folder: Path) -> Part[Failure | None]:
-    part = _read_fields(folder / FAILURE, Failure.__annotations__)
-    return cast("Part[Failure | None]", part)
+    return read_part(folder / FAILURE, partial(read_object, form=Failure))
 
 
 def read_stopped(folder: Path) -> Part[Stopped | None]:
-    part = _read_fields(folder / STOPPED, Stopped.__annotations__)
-    return cast("Part[Stopped | None]", part)
+    return read_part(folder / STOPPED, partial(read_object, form=Stopped))
 
 
 def ended_state(
@@ -405,14 +336,15 @@ def ended_state(
 
 def read_running(folder: Path) -> RunningNote | None:
     """Read running.json. Return None if it does not exist or is incomplete."""
-    return read_part(folder / RUNNING, lambda path: read_object(path, RunningNote)).value
+    return read_part(folder / RUNNING, partial(read_object, form=RunningNote)).value
 
 
 def read_recipe(folder: Path) -> Part[Fields]:
-    """Read config.yaml as plain values, without sections of a wrong type.
+    """Read config.yaml as plain values.
 
-    The value is an empty dict if the file does not exist. The values are not checked against the
-    schema, because the run may be from another version of tunesmith.
+    The value is an empty dict if the file does not exist, or if a section has a wrong type. The
+    values are not checked against the schema, because the run may be from another version of
+    tunesmith.
     """
     path = folder / RECIPE
     try:
@@ -428,7 +360,10 @@ def read_recipe(folder: Path) -> Part[Fields]:
     # Refuse a lone half of a surrogate pair, because it cannot be encoded in a file or a page.
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
         return Part({}, "the file contains invalid Unicode")
-    return Part(values, _drop_wrong_types(values, _SECTION_FORMS))
+    for name, form in _SECTION_FORMS.items():
+        if name in values and form_fault(values[name], form):
+            return Part({}, f"the section {name} has a wrong type")
+    return Part(values)
 
 
 def share_done(recipe: Fields, steps: float, epochs: float, seconds: float = 0.0) -> float | None:
@@ -499,10 +434,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
     Raise ValueError if the file is damaged.
     """
-    values, fault, _ = read_part(folder / MANIFEST, lambda path: read_object(path, Manifest))
-    # Refuse a file name with a zero byte, because no operating system can open it.
-    if values is not None and any("\0" in name for name in values["files"]):
-        fault = "a file name in the manifest contains a zero byte"
+    values, fault, _ = read_part(folder / MANIFEST, partial(read_object, form=Manifest))
     if fault:
         raise ValueError(fault)
     if values is not None:
@@ -586,8 +518,9 @@ class Score(TypedDict):
 class EvalScores(TypedDict):
     """The results of `eval`.
 
-    `losses` has the loss of each model. `losses` and `row_losses` are None if the file has no valid
-    losses. `seen` is the number of rows that were in the training data, or None if it is unknown.
+    `losses` has the loss of each model, or None if the loss is not finite. `row_losses` is None if
+    a loss is not finite. `seen` is the number of rows that were in the training data, or None if it
+    is unknown.
     """
 
     data: str
@@ -596,21 +529,15 @@ class EvalScores(TypedDict):
     scores: dict[str, Score]
     step: Count | None
     seen: Count | None
-    losses: dict[str, float] | None
+    losses: dict[str, float | None] | None
     row_losses: RowLosses | None
 
 
 def read_scores(path: Path) -> EvalScores:
     """Read a file with scores. Raise OSError or ValueError if it is damaged."""
     values = {**dict.fromkeys(EvalScores.__annotations__), **read_object(path, Fields)}
-    # Remove losses that are not finite. They are written as null or as text.
-    if isinstance(values["losses"], dict):
-        losses = values["losses"].items()
-        values["losses"] = {name: loss for name, loss in losses if is_number(loss)}
-    rows = values["row_losses"]
-    if form_fault(rows, RowLosses) or any(
-        len(rows[name]) != len(rows["tokens"]) for name in ("tuned", "base") if name in rows
-    ):
+    # The losses of each row are not saved if a loss is not finite.
+    if form_fault(values["row_losses"], RowLosses):
         values["row_losses"] = None
     fault = form_fault(values, EvalScores)
     if fault:

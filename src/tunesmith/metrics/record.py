@@ -18,14 +18,7 @@ from typing import Any, Self
 
 from tunesmith.errors import RunError
 from tunesmith.host.files import write_atomically
-from tunesmith.run_dir import (
-    METRICS,
-    is_count,
-    is_number,
-    open_regular,
-    parse_json,
-    read_bytes,
-)
+from tunesmith.run_dir import METRICS, open_regular, parse_json, read_bytes
 
 Values = dict[str, int | float | None]  # values of a record. The keys are the names of the fields
 VALIDATION = "val_"  # prefix of the names of validation metrics
@@ -200,9 +193,11 @@ def checked_values(row: object) -> Values:
     for name, value in row.items():
         # In the file, NaN and infinities are strings, because JSON has no such numbers.
         number = float(value) if value in _NON_FINITE else value
-        is_wrong = not is_number(number) and not isinstance(number, float)
+        # The JSON parser reads a number that is too large as infinity.
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        is_wrong = not is_number and value not in _NON_FINITE
         if name in _INTEGER_FIELDS:
-            is_wrong = not is_count(value)
+            is_wrong = type(value) is not int or value < 0
 
         is_null = value is None and name in _MAY_BE_NULL
         if is_wrong and name in _FIELD_NAMES and not is_null:

@@ -126,12 +126,13 @@ def _eval_texts(result: EvalScores) -> Iterator[tuple[str, str, str]]:
         yield scorer, result["row_hash"], _score_text(score)
 
 
-def _losses_text(losses: dict[str, float], rows: RowLosses | None) -> str:
+def _losses_text(losses: dict[str, float | None], rows: RowLosses | None) -> str:
     """Format losses like `1.2500 (1.1000 to 1.4000), base 1.5000: -0.2500 (-0.3000 to -0.2000)`.
 
     The intervals are omitted if there are too few rows, or if the loss of each row is not known.
     """
-    text = f"{losses['tuned']:.4f}" if "tuned" in losses else "not finite"
+    tuned = losses.get("tuned")
+    text = "not finite" if tuned is None else f"{tuned:.4f}"
     if rows:
         zeros = [0.0] * len(rows["tuned"])
         own = paired_losses(zeros, rows["tuned"], rows["tokens"]).interval
@@ -139,9 +140,10 @@ def _losses_text(losses: dict[str, float], rows: RowLosses | None) -> str:
             # Limit the interval, because a loss is never below 0.
             text += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
 
-    if "base" not in losses:
+    base = losses.get("base")
+    if base is None:
         return text
-    text += f", base {losses['base']:.4f}"
+    text += f", base {base:.4f}"
     if rows and rows.get("base"):
         difference = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).interval
         if difference is not None:

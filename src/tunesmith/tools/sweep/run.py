@@ -325,5 +325,5 @@ def read_outcome(folder: Path, compared_by: str, ranks: Ranks) -> tuple[int, flo
                 )
             outcome = step, loss
         elif failure.get("cause") == NonFiniteError.cause:
-            outcome = failure.get("last_step", 0), math.inf
+            outcome = failure.get("last_step") or 0, math.inf
     return ranks.broadcast_object(outcome)
