@@ -75,10 +75,6 @@ def push_files(
 def _push_error(error: Exception, to: str) -> UsageError:
     """Build the error for a failed upload. The message has the reason and a fix."""
     status = http_status(error)
-    concurrent_change = (
-        f"someone else changed {to} during the push",
-        "run the command again",
-    )
     answers = {
         0: ("the Hub cannot be reached", "check the network (HTTPS_PROXY, HF_ENDPOINT)"),
         401: ("the Hub rejected the token", LOGIN),
@@ -86,17 +82,13 @@ def _push_error(error: Exception, to: str) -> UsageError:
             f"the token may not write to {to}",
             f"create a token with write access: {constants.ENDPOINT}/settings/tokens",
         ),
-        409: concurrent_change,
-        412: concurrent_change,
-        429: ("too many requests to the Hub", "run the command again in a few minutes"),
     }
-    what, fix = answers.get(
-        status,
-        (
-            f"the Hub answered with status {status}",
-            "fix the reported problem, or run the command again later",
-        ),
+    # The Hub's message gives the reason, such as a change of the repository during the push.
+    other = (
+        f"the Hub answered the push to {to} with status {status}",
+        "fix the reported problem, or run the command again later",
     )
+    what, fix = answers.get(status, other)
     if isinstance(error, OfflineModeIsEnabled):
         what, fix = "HF_HUB_OFFLINE forbids uploads", "run HF_HUB_OFFLINE=0 tunesmith push ..."
     elif isinstance(error, HFValidationError):

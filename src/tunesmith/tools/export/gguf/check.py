@@ -16,6 +16,7 @@ import torch
 from tunesmith.errors import CheckpointError
 from tunesmith.tools.export.gguf.families import SERVE_FOLDER
 from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS, LlamaCpp
+from tunesmith.tools.export.gguf.write import Progress
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.tools.export.streamed_model import decoder_layers, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel
@@ -123,7 +124,7 @@ def check_file(
     beyond_window: bool = False,
     device: torch.device,
     threads: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> FileCheck:
     """Open a GGUF file in llama.cpp, and compare it with the tuned model.
 

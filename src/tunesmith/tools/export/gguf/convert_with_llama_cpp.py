@@ -37,13 +37,13 @@ from tunesmith.inference.load_run import RunLocation, read_run_files
 from tunesmith.model.safetensors_files import Entry, read_json
 from tunesmith.model.save_tensors import JoinedRows, Read, TensorPart, written_bands
 from tunesmith.model.stored_form import MODEL_CONFIG, updated_config
-from tunesmith.tools.export.gguf.converter import Converter
+from tunesmith.tools.export.gguf.converter import PINNED_SHA256, Converter
 from tunesmith.tools.export.gguf.ollama import guard_template
 from tunesmith.tools.export.gguf.plan import add_keys, header_bytes, header_values, padded
 from tunesmith.tools.export.gguf.quantize import load_ggml_if_needed
 from tunesmith.tools.export.gguf.tokenizer import model_name, other_end_id, read_gguf_tokenizer
 from tunesmith.tools.export.gguf.types import PlainTensor, tensor_bytes, tensor_types
-from tunesmith.tools.export.gguf.write import BandThreads, tensor_jobs, write_tensors
+from tunesmith.tools.export.gguf.write import BandThreads, Progress, tensor_jobs, write_tensors
 from tunesmith.tools.export.merge import copy_sentencepiece, write_generation_config
 from tunesmith.tools.export.output import OTHER_DISK
 from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, stored_sources
@@ -74,7 +74,7 @@ class Conversion:
 def convert(
     conversion: Conversion,
     converter: Converter,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     file: Path,
 ) -> list[str]:
     """Write a GGUF file with the converter, in a child process.
@@ -158,7 +158,7 @@ def _convert(
     conversion: Conversion,
     converter: Converter,
     path: Path,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> list[str]:
     """Write the GGUF file with the converter's classes, one tensor at a time.
 
@@ -206,7 +206,7 @@ def _refusal(tuned: TunedModel, converter: Converter, error: Exception) -> Model
     """Build the error for a model that the converter cannot convert."""
     model_type = tuned.model.config.get_text_config().model_type
     why = str(error).strip().split("\n")[-1]
-    if not converter.is_pinned:
+    if converter.sha256 != PINNED_SHA256:
         why += "; the tested version of the converter is in llama-cpp-python 0.3.36"
     return ModelError(
         f"llama.cpp's converter cannot convert this {model_type} model",

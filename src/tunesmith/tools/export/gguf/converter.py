@@ -20,7 +20,7 @@ from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST, gguf_writer
 
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-# Value of `Converter.sha256` for the source files in the pinned sdist.
+# Value of `Converter.sha256` for the source files in the pinned sdist, which is the tested version.
 PINNED_SHA256 = "4e07ebb0067360a1e8119254e567fed8ef6b407099579571da3de3c93ef08a71"
 FOLDER_VARIABLE = "LLAMA_CPP_DIR"
 _TREE_IN_SDIST = PurePosixPath("vendor/llama.cpp")
@@ -49,11 +49,6 @@ class Converter:
     folder: Path
     gguf_folder: Path
     sha256: str
-
-    @property
-    def is_pinned(self) -> bool:
-        """Return whether the source files are identical to the tested version."""
-        return self.sha256 == PINNED_SHA256
 
     @property
     def environment(self) -> dict[str, str]:
@@ -134,23 +129,19 @@ def unpack_sdist(sdist: Path, target: Path, *, where: str) -> None:
         cached_once(target, what="llama.cpp's converter") as folder,
         tarfile.open(sdist) as archive,
     ):
-        _extract(archive, folder)
-
-
-def _extract(archive: tarfile.TarFile, folder: Path) -> None:
-    """Extract the converter's files. Links, devices and files outside of `folder` are skipped."""
-    for member in archive:
-        path = PurePosixPath(member.name)
-        # The first component of the path is the name and version of the package.
-        inner = PurePosixPath(*path.parts[1:])
-        is_unpacked = any(inner.is_relative_to(_TREE_IN_SDIST / part) for part in _UNPACKED)
-        if not member.isfile() or ".." in path.parts or not is_unpacked:
-            continue
-        source = archive.extractfile(member)
-        assert source is not None  # `member` is a regular file
-        file = folder / inner.relative_to(_TREE_IN_SDIST)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(source.read())
+        # Skip links, devices, and files outside of the folder.
+        for member in archive:
+            path = PurePosixPath(member.name)
+            # The first component of the path is the name and version of the package.
+            inner = PurePosixPath(*path.parts[1:])
+            is_unpacked = any(inner.is_relative_to(_TREE_IN_SDIST / part) for part in _UNPACKED)
+            if not member.isfile() or ".." in path.parts or not is_unpacked:
+                continue
+            source = archive.extractfile(member)
+            assert source is not None  # `member` is a regular file
+            file = folder / inner.relative_to(_TREE_IN_SDIST)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(source.read())
 
 
 def _read_folder(root: Path, where: str) -> Converter:

@@ -56,7 +56,7 @@ from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
 from tunesmith.tools.export.gguf.ollama import MODELFILE, guard_template, modelfile_text
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.tokenizer import other_end_id
-from tunesmith.tools.export.gguf.write import write_gguf
+from tunesmith.tools.export.gguf.write import Progress, write_gguf
 from tunesmith.tools.export.merge import copy_notices
 from tunesmith.tools.export.output import (
     OTHER_DISK,
@@ -141,10 +141,6 @@ class ExportedFile(Tabular):
         return ResultTable(rows, notes=notes)
 
 
-def _ignore(done: int, total: int) -> None:
-    """Ignore the progress. This is the default callback."""
-
-
 @lines_by_default()
 def export_gguf(
     path: str | os.PathLike[str],
@@ -158,8 +154,8 @@ def export_gguf(
     device: str | None = None,
     trust_remote_code: bool = False,
     converter: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    checking: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda written, size: None,
+    checking: Progress = lambda done, total: None,
 ) -> ExportedFile:
     """Write the trained model of a run as one GGUF file, or as a folder for Ollama.
 
@@ -196,7 +192,6 @@ def export_gguf(
         file /= f"{goal.name}-{quant}.gguf"
     unchecked = _why_unchecked(check)
     threads = threads or available_cores()
-    progress = progress or _ignore
     with raise_if_deleted(location):
         tuned = open_tuned_model(read_run_files(location))
         model_type = tuned.model.config.get_text_config().model_type
@@ -216,9 +211,13 @@ def export_gguf(
             write = partial(convert, job, found, progress)
         else:
             plan = _plan_model(tuned, quant, goal.stem)
-            write = partial(_write_plan, plan, threads, progress)
-        notes = _notes_on_pictures(tuned)
-        exported = ExportedFile(str(output), str(file), quant, 0, notes, None, unchecked)
+            write = partial(_write_plan, plan, threads, progress=progress)
+        exported = ExportedFile(str(output), str(file), quant, 0, (), None, unchecked)
+        # The file contains only the text part of a vision-language model.
+        if is_vision_language(tuned.model):
+            is_trained = tuned.recipe.model.train_projector
+            note = TRAINED_PROJECTOR_NOTE if is_trained else PICTURES_NOTE
+            exported = replace(exported, notes=(note,))
         return _write_checked(
             write,
             exported,
@@ -227,7 +226,7 @@ def export_gguf(
             f"GGUF, {quant}",
             device=device,
             threads=threads,
-            checking=checking or _ignore,
+            checking=checking,
             modelfile=modelfile_text(file.name, tuned) if for_ollama else None,
             converter=found,
         )
@@ -245,7 +244,7 @@ def export_adapter(
     device: str | None = None,
     trust_remote_code: bool = False,
     converter: str | os.PathLike[str] | None = None,
-    checking: Callable[[int, int], None] = lambda done, total: None,
+    checking: Progress = lambda done, total: None,
 ) -> ExportedFile:
     """Write only the LoRA of a run as a GGUF file. llama.cpp loads it together with the base model.
 
@@ -296,7 +295,7 @@ def export_adapter(
         if for_ollama and base is not None:
             modelfile = modelfile_text(str(base.file), read, file.name)
         return _write_checked(
-            partial(_write_plan, plan, threads, _ignore),
+            partial(_write_plan, plan, threads),
             exported,
             goal,
             tuned,
@@ -332,7 +331,7 @@ def _require_check(unchecked: str, model_type: str) -> None:
 
 
 def _write_plan(
-    plan: GgufPlan, threads: int, progress: Callable[[int, int], None], file: Path
+    plan: GgufPlan, threads: int, file: Path, progress: Progress = lambda written, size: None
 ) -> list[str]:
     require_disk_space(file, plan.size, what=file.name, fix=OTHER_DISK)
     write_gguf(plan, file, threads=threads, progress=progress)
@@ -348,7 +347,7 @@ def _write_checked(
     *,
     device: str | None,
     threads: int,
-    checking: Callable[[int, int], None],
+    checking: Progress,
     modelfile: str | None,
     base: GgufBase | None = None,
     converter: Converter | None = None,
@@ -510,13 +509,6 @@ def _text_only_name(name: str, prefix: str) -> str:
     `model.language_model`; "" for a text-only model.
     """
     return re.sub(f"^{re.escape(prefix)}[.]", "model.", name)
-
-
-def _notes_on_pictures(tuned: TunedModel) -> tuple[str, ...]:
-    """Return a note if the file contains only the text part of a vision-language model."""
-    if not is_vision_language(tuned.model):
-        return ()
-    return (TRAINED_PROJECTOR_NOTE if tuned.recipe.model.train_projector else PICTURES_NOTE,)
 
 
 def _plan_adapter(

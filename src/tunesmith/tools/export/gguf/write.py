@@ -22,6 +22,8 @@ from tunesmith.tools.export.gguf.quantize import quantize_rows
 
 BAND_VALUES = 4 * 2**20  # maximum number of values in a band: 16 MB in fp32
 BandJob = Callable[[], memoryview]
+# Function that is called with the number of finished units of work, and the number of all units.
+Progress = Callable[[int, int], None]
 
 
 def write_gguf(
@@ -29,7 +31,7 @@ def write_gguf(
     path: Path,
     *,
     threads: int = 1,
-    progress: Callable[[int, int], None] = lambda written, size: None,
+    progress: Progress = lambda written, size: None,
 ) -> None:
     """Write the planned GGUF file. Raise OSError if the disk is full.
 
