@@ -2,6 +2,7 @@
 correct order.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora, peft_files
-from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
+from tunesmith.checkpoint.contents import weights_of
+from tunesmith.checkpoint.sharded import is_sharded, read_shards
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import REFERENCE_METHODS, Run
 from tunesmith.data.batches.batch import Batch
@@ -29,7 +31,6 @@ from tunesmith.model import fused, load, random_init
 from tunesmith.model.decoder import find_text_model
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.support import Support
-from tunesmith.model.vision import skip_device_checks
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
@@ -46,7 +47,7 @@ from tunesmith.quant.schemes import scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_shape_caches, keep_freed_pages
-from tunesmith.runtime.recompute import offload_inputs, recompute_layers
+from tunesmith.runtime.recompute import OffloadedLayer, recompute_layers
 from tunesmith.runtime.stream import LayerStream
 from tunesmith.units import ceil_div
 
@@ -149,7 +150,9 @@ def build_model(
         keep_freed_pages()
         bound_shape_caches()
     if device.type == "cuda" and run.model.vision:
-        skip_device_checks()
+        # Prevent Transformers from counting the placeholder tokens on the device, because the host
+        # would wait for this count. The host counts the placeholders of each row instead.
+        os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
     prepare_allocator(device)  # inference does not call `choose_device`, which does the same
     model = model or define_model(run, files)
     # Convert to fp8 here and not in `define_model`, because only the plan knows the scaling recipe
@@ -246,7 +249,9 @@ def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> LayerStre
     device = torch.device(plan.device)
     on_host = "parameters" in plan.cpu_offload and mesh.shape.world > 1
     if "activations" in plan.cpu_offload:
-        offload_inputs(root.layers)
+        # Add the mixin after the layers are compiled.
+        for layer in root.layers:
+            fused.add_mixin(layer, OffloadedLayer)
     shard_model(root, mesh, run, DTYPES[run.model.dtype], offload=on_host)
     if run.train.optimizer == "adamw-8bit":
         check_blocks(root.trained_parameters())
@@ -289,7 +294,8 @@ def fill_parameters(
             model, shapes, seed=run.train.seed, convert=load_hooks(model), device=device
         )
     elif is_sharded(weights):
-        read_sharded_weights(model, weights, ranks)
+        tensors = weights_of(model).items()
+        read_shards(weights, {f"model.{name}": tensor for name, tensor in tensors}, ranks)
     else:
         grow_from = int(files.config.vocab_size) if run.model.added_tokens else None
         load_weights(

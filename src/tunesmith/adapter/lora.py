@@ -178,16 +178,6 @@ def copy_saved_modules(model: nn.Module, adapter: Adapter) -> None:
             module.register_buffer(ORIGINAL + key, base, persistent=False)
 
 
-def replace_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Create a new A and B in every adapted layer, and set the layer's scaling and dropout to those
-    of `adapter`.
-
-    `init_lora` initializes their values.
-    """
-    for _, layer in low_ranks(model):
-        layer.add_lora(adapter, layer.lora_A.device)
-
-
 def is_adapter_weight(name: str) -> bool:
     """Return whether the parameter with this name is a lora_A or lora_B. A checkpoint of the base
     has no such parameters.

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -287,20 +287,6 @@ def _tensors_by_name(model: TrainModel, optimizer: OptimizerState) -> dict[str, 
     return tensors
 
 
-def read_sharded_weights(model: nn.Module, folder: Path, ranks: Ranks = ONE_PROCESS) -> None:
-    """Load the weights of a checkpoint into a model, in the model's dtype.
-
-    If the model is sharded, only this rank's shards are loaded.
-
-    Nodes copy missing files from each other. This is a collective call.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read.
-        MachineError: the disk does not have enough space for files of other nodes.
-    """
-    _read(folder, {f"model.{name}": tensor for name, tensor in weights_of(model).items()}, ranks)
-
-
 def read_sharded_optimizer(
     optimizer: Optimizer, folder: Path, progress: Progress, ranks: Ranks = ONE_PROCESS
 ) -> None:
@@ -308,7 +294,7 @@ def read_sharded_optimizer(
 
     If the state is sharded, only this rank's shards are loaded.
 
-    This is a collective call. The errors are those of `read_sharded_weights`.
+    This is a collective call. The errors are those of `read_shards`.
     """
     with read_optimizer(folder) as scalars:
         for name, part in optimizer.parts.items():
@@ -325,14 +311,22 @@ def read_sharded_optimizer(
     for name, tensor in optimizer.state_dict().items():
         if name not in stored_elsewhere:
             moments[f"optimizer.{name}"] = tensor
-    _read(folder, moments, ranks)
-    _read(folder, {f"model.{name}": master for name, master in masters.items()}, ranks)
+    read_shards(folder, moments, ranks)
+    read_shards(folder, {f"model.{name}": master for name, master in masters.items()}, ranks)
     optimizer.scale = progress.loss_scale
     optimizer.growth_tracker = progress.good_steps
 
 
-def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) -> None:
-    """Read the stored values into `tensors`. Each rank reads only its own shards."""
+def read_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) -> None:
+    """Read the stored values into `tensors`, in their dtypes. Each rank reads only its own shards.
+
+    The keys are names in the checkpoint, such as `model.lm_head.weight`. Nodes copy missing files
+    from each other. This is a collective call.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        MachineError: the disk does not have enough space for files of other nodes.
+    """
     try:
         with warnings.catch_warnings(), torch.no_grad():
             # Hide DCP's warning about `no_dist`, because this setting is intended.
@@ -378,7 +372,7 @@ class ShardedTensors:
     def read(self, name: str) -> Tensor:
         """Return the entire tensor on the CPU."""
         tensor = torch.empty_like(self.shapes[name], device="cpu")
-        _read(self._folder, {f"model.{name}": tensor})
+        read_shards(self._folder, {f"model.{name}": tensor})
         return tensor
 
 

@@ -44,18 +44,14 @@ def show_data(args: argparse.Namespace, recipe: Run, known: ModelFacts | None) -
     if args.json:
         print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
     else:
-        print_data(prepared, tokenizer, args.rows)
+        # Print rows, counts, lengths, packing and the checks of the token contract.
+        console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
+        _print_rows(console, prepared.train, tokenizer, args.rows)
+        show("\n".join(data_lines(prepared)), sys.stdout)
+        if recipe.samples_answers:
+            show("\n".join(reward_lines(own_rewards(prepared.run, prepared))), sys.stdout)
     for contract in prepared.contracts:
         contract.raise_if_broken()
-
-
-def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
-    """Print rows, counts, lengths, packing and the checks of the token contract on stdout."""
-    console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
-    _print_rows(console, prepared.train, tokenizer, rows)
-    show("\n".join(data_lines(prepared)), sys.stdout)
-    if prepared.run.samples_answers:
-        show("\n".join(reward_lines(own_rewards(prepared.run, prepared))), sys.stdout)
 
 
 def segments(

@@ -196,8 +196,12 @@ class Nf4(Format):
         )
 
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
-        codes, _, code, *_ = stack.tensors
-        scales = self.scales_of_experts(stack.tensors, experts)
+        # Scale of each block of the experts: fp32 [experts, blocks].
+        codes, absmax, code, nested_absmax, nested_code, nested_offset = stack.tensors
+        scales = nested_code[absmax[experts].int()]
+        nested_scales = nested_absmax[experts].repeat_interleave(self.nested_block, 1)
+        scales.mul_(nested_scales[:, : scales.shape[1]])
+        scales = scales.add_(nested_offset[experts, None])
         count, blocks = scales.shape
         # Dequantize all experts in one call. This is possible because no block contains weights of
         # two experts.
@@ -206,14 +210,6 @@ class Nf4(Format):
         # Remove the padding in the last block of each expert.
         weights = weights.to(dtype)[:, : math.prod(stack.matrix)]
         return weights.unflatten(1, stack.matrix)
-
-    def scales_of_experts(self, tensors: Sequence[Tensor], experts: slice) -> Tensor:
-        """Return the scale of each block of some experts: fp32 [experts, blocks]."""
-        _, absmax, _, nested_absmax, nested_code, nested_offset = tensors
-        scales = nested_code[absmax[experts].int()]
-        nested_scales = nested_absmax[experts].repeat_interleave(self.nested_block, 1)
-        scales.mul_(nested_scales[:, : scales.shape[1]])
-        return scales.add_(nested_offset[experts, None])
 
     # ---- a matrix
 

@@ -132,21 +132,18 @@ def _byte_level(header: Header, row: Mapping[str, Any]) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(header["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
     core = Tokenizer(models.BPE(vocab, merges, ignore_merges=row["ignore_merges"]))
-    core.pre_tokenizer = build_pre_tokenizer(row.get("served", row["splits"]))
-    core.decoder = decoders.ByteLevel()
-    return core
-
-
-def build_pre_tokenizer(splits: list[str]) -> pre_tokenizers.PreTokenizer:
-    """Build a pre-tokenizer that splits a text by these expressions, then maps bytes to letters."""
+    # Split a text by the expressions, then map bytes to letters.
     steps: list[pre_tokenizers.PreTokenizer] = []
+    splits = row.get("served", row["splits"])
     for split in splits:
         if split == "digit":
             steps.append(pre_tokenizers.Digits(individual_digits=True))
         elif split != "gpt-2":
             steps.append(pre_tokenizers.Split(Regex(split), "isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="gpt-2" in splits))
-    return pre_tokenizers.Sequence(steps)
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    core.decoder = decoders.ByteLevel()
+    return core
 
 
 def _sentencepiece(header: Header, unknown: str) -> Tokenizer:

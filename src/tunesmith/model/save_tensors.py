@@ -213,7 +213,12 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
     first_rank = int(mesh.mesh.min())
     row_bytes = math.prod(row_shape) * dtype.itemsize
     rows_per_piece = max(1, MAX_GATHERED_BYTES // row_bytes)
-    gives = _is_first_replica(tensor)
+    # Only the first rank that has a shard gives it.
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    gives = all(
+        index == 0 or not placement.is_replicate()
+        for index, placement in zip(coordinate, tensor.placements, strict=True)
+    )
     shape = (min(rows_per_piece, row_count), *row_shape)
     buffer = torch.empty(shape, dtype=dtype, device=local.device)
     for begin in range(span.start, span.stop, rows_per_piece):
@@ -226,15 +231,6 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
             rows[(slice(start - begin, stop - begin), *columns)] = part
         dist.reduce(rows.view(torch.uint8), dst=first_rank, group=group)
         yield rows
-
-
-def _is_first_replica(tensor: DTensor) -> bool:
-    """Return whether this rank is the first one that has this shard of the tensor."""
-    coordinate = tensor.device_mesh.get_coordinate() or ()
-    return all(
-        index == 0 or not placement.is_replicate()
-        for index, placement in zip(coordinate, tensor.placements, strict=True)
-    )
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ provides. Transformers replaces the embeddings of the placeholder tokens by the 
 """
 
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -108,15 +107,6 @@ def mark_pictures(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     is_picture = (ids == model.config.image_token_id).long()
     names = ("mm_token_type_ids", "token_type_ids")
     return {name: is_picture for name in names if name in known}
-
-
-def skip_device_checks() -> None:
-    """Prevent Transformers from counting the placeholder tokens on the device.
-
-    The host would wait for this count. The placeholders of each row are counted on the host
-    instead.
-    """
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
 
 
 def picture_features(

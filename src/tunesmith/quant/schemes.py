@@ -113,13 +113,6 @@ class Scheme:
             assert self is NF4, f"{self.name} has no format"
             replace_by_codes(model, Nf4(dtype), dtype)
 
-    def check_device(self, device: torch.device) -> None:
-        """Raise MachineError if a required package is missing or does not support the device."""
-        if self.name == "nf4":
-            from tunesmith.formats.nf4 import check_nf4
-
-            check_nf4(device)
-
     def select_scaling(
         self, device: torch.device, shapes: Sequence[tuple[int, int]]
     ) -> tuple[str | None, str]:

@@ -162,7 +162,13 @@ class RunFiles:
             if match:
                 figures = content_of(path.name, read_figures(path))
                 self.ranks[int(match[1])] = figures.columns
-        self._read_log()
+        content = content_of(LOG, read_part(folder / LOG, read_bytes)) or b""
+        lines = content.decode(errors="replace").splitlines()
+        self.log_tail = lines[-LOG_LINES:]
+
+        warnings = [line.partition("warning: ")[2] for line in lines if "warning: " in line]
+        # A dict removes duplicates and keeps the order of the file.
+        self.warnings = list(dict.fromkeys(map(str.strip, warnings)))[-WARNINGS:]
 
         self.recipe = content_of(RECIPE, read_recipe(folder))
         self.env = content_of(IDENTITY, read_env(folder))
@@ -191,15 +197,6 @@ class RunFiles:
         if part.fault:
             self.damaged.append(DamagedFile(name, part.lines, part.fault))
         return part.value
-
-    def _read_log(self) -> None:
-        content = self._content_of(LOG, read_part(self.folder / LOG, read_bytes)) or b""
-        lines = content.decode(errors="replace").splitlines()
-        self.log_tail = lines[-LOG_LINES:]
-
-        warnings = [line.partition("warning: ")[2] for line in lines if "warning: " in line]
-        # A dict removes duplicates and keeps the order of the file.
-        self.warnings = list(dict.fromkeys(map(str.strip, warnings)))[-WARNINGS:]
 
     def signature(self) -> object:
         """Return a value that changes when a file of the run or its state changes."""

@@ -51,15 +51,6 @@ class RecomputedLayer(nn.Module):
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def offload_inputs(layers: Sequence[nn.Module]) -> None:
-    """Keep the inputs of the recomputed layers in host memory until the backward.
-
-    Call this after the layers are compiled.
-    """
-    for layer in layers:
-        add_mixin(layer, OffloadedLayer)
-
-
 class OffloadedLayer(nn.Module):
     """A `RecomputedLayer` whose input is kept in host memory. It wraps the compiled forward.
 

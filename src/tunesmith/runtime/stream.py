@@ -116,8 +116,9 @@ class LayerStream:
 
         uses = Counter(parameter for layer in layers for parameter in layer.parameters())
         unmoved = {parameter for parameter, count in uses.items() if count > 1}.union(stays)
-        for number in evenly(count, len(layers)):
-            self._allocate_on_host(layers[number], unmoved)
+        for number in range(count):
+            # The streamed layers are evenly distributed.
+            self._allocate_on_host(layers[number * len(layers) // count], unmoved)
         self._lock()
 
     def _allocate_on_host(self, layer: nn.Module, stays: Collection[nn.Parameter]) -> None:
@@ -311,11 +312,6 @@ class StreamedLayer(nn.Module):
             # overwritten.
             hidden.register_hook(lambda gradient: stream.take(turn, turn - 1))
         return output
-
-
-def evenly(count: int, total: int) -> list[int]:
-    """Return `count` evenly distributed numbers from 0 to `total` - 1."""
-    return [number * total // count for number in range(count)]
 
 
 def host_block(size: int) -> Tensor:

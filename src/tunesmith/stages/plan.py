@@ -25,6 +25,7 @@ from tunesmith.data.prepare import TrainingData
 from tunesmith.data.text.template import tokenizer_hash
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, ModelError
+from tunesmith.formats.nf4 import check_nf4
 from tunesmith.host import packages
 from tunesmith.host.chips import Chip
 from tunesmith.host.files import cache_folder, existing_folder, require_disk_space
@@ -39,7 +40,7 @@ from tunesmith.planning.resolve import check_bf16, checkpoint_bytes, probe_machi
 from tunesmith.planning.run_plan import Machine, RunPlan
 from tunesmith.planning.workload import measure_work
 from tunesmith.quant.replace import eight_bit_shapes
-from tunesmith.quant.schemes import DENSE, scheme_of
+from tunesmith.quant.schemes import DENSE, NF4, scheme_of
 from tunesmith.run_dir import Phase
 from tunesmith.runtime.device import chip_of, choose_device, free_device_memory
 from tunesmith.stages.agree import check_same_inputs
@@ -155,7 +156,8 @@ def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
     check_bf16(dtype, chip)
     if run.train.optimizer == "adamw-8bit":
         packages.bnb_functional("8-bit moments", "train.optimizer")
-    scheme_of(run.model).check_device(device)
+    if scheme_of(run.model) is NF4:
+        check_nf4(device)
     if dtype == "fp16" and device.type == "cpu":
         raise MachineError(
             "fp16 cannot be trained on a CPU",

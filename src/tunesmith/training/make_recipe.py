@@ -549,19 +549,12 @@ class _Choices:
             rate = _two_digits(rate * PREFERENCE_RATE)
             reason += "; preference training uses a tenth of the usual rate"
         elif self.run.adapter.from_ is not None:
-            rate = continued_rate(rate)
+            rate = _two_digits(rate * CONTINUED_RATE)
             reason += (
                 "; half of the usual rate, because a higher rate would undo the training of the "
                 "adapter that is trained further"
             )
         self.choose("train.learning_rate", rate, reason)
-
-
-def continued_rate(rate: float) -> float:
-    """Return the learning rate for training an existing adapter further. `rate` is the rate for a
-    new adapter.
-    """
-    return _two_digits(rate * CONTINUED_RATE)
 
 
 def _two_digits(rate: float) -> float:

@@ -301,7 +301,15 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
     Args:
         where: function that takes a byte position and returns the location for the error message.
     """
-    check_not_wide(path, data, where(0))
+    # Check first for text in UTF-16 or UTF-32.
+    wide: str = json.detect_encoding(data)
+    if not wide.startswith("utf-8"):
+        # Drop the last decoded character, because its bytes can be incomplete.
+        head = data[:HEAD_BYTES].decode(wide, "replace")[:-1]
+        if not re.search("[\x00-\x08\ufffd]", head):
+            # Convert Python's name of the encoding to iconv's name: utf-16-le becomes utf-16le.
+            wide = wide.replace("6-", "6").replace("2-", "2")
+            raise _not_utf8_error(path, where(0), f"the file looks like {wide} text", wide)
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -309,18 +317,6 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
         raise _not_utf8_error(
             path, where(at), f"byte 0x{data[at]:02x} at position {at + 1}: {error.reason}", "cp1252"
         ) from None
-
-
-def check_not_wide(path: Path, data: bytes, where: str) -> None:
-    """Raise DataError if `data` is text in UTF-16 or UTF-32."""
-    encoding: str = json.detect_encoding(data)
-    if not encoding.startswith("utf-8"):
-        # Drop the last decoded character, because its bytes can be incomplete.
-        head = data[:HEAD_BYTES].decode(encoding, "replace")[:-1]
-        if not re.search("[\x00-\x08\ufffd]", head):
-            # Convert Python's name of the encoding to iconv's name: utf-16-le becomes utf-16le.
-            encoding = encoding.replace("6-", "6").replace("2-", "2")
-            raise _not_utf8_error(path, where, f"the file looks like {encoding} text", encoding)
 
 
 def _not_utf8_error(path: Path, where: str, why: str, encoding: str) -> DataError:

@@ -247,7 +247,20 @@ class Template:
             messages = messages[:-1]
         placeholders = see_pictures(sample, self.pictures, where).texts
         if self.chat is None:
-            return self._join_unchanged(messages)
+            # Without a template the texts are joined unchanged, and answers get an end token.
+            end = self.tokenizer.decode([self.raw_end])
+            text = ""
+            for message in messages:
+                if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
+                    raise DataError(
+                        f"without a template, a prompt cannot have a {message['role']} message",
+                        why="the model was trained without a template",
+                        fix="remove the message, or set data.template=alpaca",
+                    )
+                text += message["content"]
+                if message["role"] == "assistant":
+                    text += end
+            return text
         text = self._chat_of(sample).render(messages, sample.tools or None, generate=True)
         return self._insert_placeholders(RenderedAnswers(text, []), placeholders).text
 
@@ -344,25 +357,6 @@ class Template:
             {"role": "assistant", "content": sample.completion},
         ]
         return Conversation(with_system(turns, sample.system))
-
-    def _join_unchanged(self, messages: list[Message]) -> str:
-        """Join the texts of a chat's turns without a template.
-
-        Texts are unchanged, and answers get an end token.
-        """
-        end = self.tokenizer.decode([self.raw_end])
-        text = ""
-        for message in messages:
-            if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
-                raise DataError(
-                    f"without a template, a prompt cannot have a {message['role']} message",
-                    why="the model was trained without a template",
-                    fix="remove the message, or set data.template=alpaca",
-                )
-            text += message["content"]
-            if message["role"] == "assistant":
-                text += end
-        return text
 
     def _messages(self, sample: Conversation) -> list[Message]:
         """Return the messages of a sample with all keys that the template reads.

@@ -92,17 +92,6 @@ def _error_of_row(error: TunesmithError, place: str) -> DataError:
     raise error
 
 
-def _join_pair(chosen: Example, rejected: Example) -> Example:
-    """Join the two sequences of a pair into one example."""
-    return Example(
-        ids=np.concatenate([chosen.ids, rejected.ids]),
-        trained=np.concatenate([chosen.trained, rejected.trained]),
-        sequences=(len(chosen.ids), len(rejected.ids)),
-        flaws=tuple(dict.fromkeys([*chosen.flaws, *rejected.flaws])),
-        control_tokens=chosen.control_tokens | rejected.control_tokens,
-    )
-
-
 @dataclass(frozen=True)
 class RowEncoder:
     """Function object that converts the rows of a source to examples."""
@@ -156,7 +145,13 @@ class RowEncoder:
                     why="preference methods learn from the difference between the answers",
                     fix="delete the row",
                 )
-            example = _join_pair(example, sequences[1])
+            example = Example(
+                ids=np.concatenate([example.ids, sequences[1].ids]),
+                trained=np.concatenate([example.trained, sequences[1].trained]),
+                sequences=(len(example.ids), len(sequences[1].ids)),
+                flaws=tuple(dict.fromkeys([*example.flaws, *sequences[1].flaws])),
+                control_tokens=example.control_tokens | sequences[1].control_tokens,
+            )
         prompt: Prompt = "unchecked"
         # Check the first rows, and only a sample of the other rows, because rendering a prompt
         # takes time.

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -193,7 +193,20 @@ def write_inputs(folder: Path, count: int) -> None:
     """
     weights = write_model(folder / "model")
     (folder / "adapter").mkdir()
-    write_random_adapter(folder / "adapter", weights)
+    tensors: dict[str, torch.Tensor] = {}
+    targets = set()
+    for key, weight in weights.items():
+        if "layers" not in key or weight.dim() != 2:
+            continue
+        name = key.removesuffix(".weight")
+        outputs, inputs = weight.shape
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(LORA_RANK, inputs) / inputs**0.5
+        # Use a random B instead of zeros. With B = 0 all gradients of A are 0, so the checks would
+        # not detect a layer that gets no gradient by mistake.
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(outputs, LORA_RANK) / outputs**0.5
+        targets.add(last_part(name))
+    settings = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "target_modules": sorted(targets)}
+    write_adapter(folder / "adapter", tensors, PLAIN_LORA_CONFIG | settings)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(count):
             # Vary the length and the increment of the number sequences, so that rows have different
@@ -227,24 +240,6 @@ def write_model(folder: Path) -> dict[str, torch.Tensor]:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     save_file(weights, folder / "model.safetensors")
     return weights
-
-
-def write_random_adapter(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write a random adapter for all linear layers in PEFT's format."""
-    tensors: dict[str, torch.Tensor] = {}
-    targets = set()
-    for key, weight in weights.items():
-        if "layers" not in key or weight.dim() != 2:
-            continue
-        name = key.removesuffix(".weight")
-        outputs, inputs = weight.shape
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(LORA_RANK, inputs) / inputs**0.5
-        # Use a random B instead of zeros. With B = 0 all gradients of A are 0, so the checks would
-        # not detect a layer that gets no gradient by mistake.
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(outputs, LORA_RANK) / outputs**0.5
-        targets.add(last_part(name))
-    settings = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "target_modules": sorted(targets)}
-    write_adapter(folder, tensors, PLAIN_LORA_CONFIG | settings)
 
 
 class SelfCheck:
@@ -424,7 +419,14 @@ class SelfCheck:
             self.compare(LOSS_CHECK, ["loss"], reference, records, limits)
             self.compare(NORM_CHECK, ["grad_norm"], reference, records, limits)
             self.equal(CHANGED_CHECK, *self.count_changed(run))
-            self.compare_copies(digests)
+            # All ranks with the same shard of a tensor must have equal values.
+            copies = defaultdict(list)
+            for rank_digests in digests:
+                for part, digest in rank_digests.items():
+                    copies[part].append(digest)
+            several = [copy for copy in copies.values() if len(copy) > 1]
+            if several:
+                self.equal(COPIES_CHECK, len(several), sum(len(set(copy)) == 1 for copy in several))
         # Do not check the resume of "nf4 lora", because it restores the same tensors as the resume
         # of "lora": a checkpoint holds the adapter but not the base model.
         if scheme_of(run.model) is not NF4:
@@ -451,20 +453,6 @@ class SelfCheck:
             names = ["loss", "grad_norm"]
             again = resumed.metrics.records
             self.compare(RESUME_CHECK, names, records[RESUMED:], again, [limit] * len(again))
-
-    def compare_copies(self, digests: list[dict[PartOfTensor, str]]) -> None:
-        """Check that all ranks with the same shard of a tensor have equal values.
-
-        Args:
-            digests: for each rank, the hash of each shard.
-        """
-        copies = defaultdict(list)
-        for rank_digests in digests:
-            for part, digest in rank_digests.items():
-                copies[part].append(digest)
-        several = [copy for copy in copies.values() if len(copy) > 1]
-        if several:
-            self.equal(COPIES_CHECK, len(several), sum(len(set(copy)) == 1 for copy in several))
 
     def count_changed(self, run: Run) -> tuple[int, int]:
         """Return the number of trained tensors, and the number of those that training has changed.

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tunesmith.host.streams import show, visible
 from tunesmith.tools.doctor.checks import examine
 from tunesmith.tools.doctor.pair import check_pair
 from tunesmith.tools.doctor.slurm import check_slurm
-from tunesmith.tools.doctor.system import FAULT, WARNING, Finding, System
+from tunesmith.tools.doctor.system import FAULT, WARNING, System
 from tunesmith.units import count_of
 
 
@@ -61,7 +60,19 @@ def run(args: argparse.Namespace) -> int:
         }
         print(json.dumps(values, indent=1))
     else:
-        print_findings(findings)
+        # Group the findings by host.
+        host = ""
+        for finding in findings:
+            if finding.host != host:
+                host = finding.host
+                print(host)
+            show(
+                f"  {finding.level:<9}{finding.check:<16}{finding.what}", sys.stdout, indent=FINDING
+            )
+            if finding.why:
+                show(f"{'':<11}{'why':<16}{finding.why}", sys.stdout, indent=FINDING)
+            if finding.fix:
+                print(visible(f"{'':<11}{'fix':<16}{finding.fix}"))
         counts = f"{count_of(faults, 'fault')}, {count_of(levels.count(WARNING), 'warning')}"
         print(f"{count_of(len(findings), 'check')} in {seconds} s: {counts}")
     return EXIT_FAILED if faults else EXIT_OK
@@ -69,17 +80,3 @@ def run(args: argparse.Namespace) -> int:
 
 # Number of characters before the text of a finding. Further lines of the text are indented by it.
 FINDING = 27
-
-
-def print_findings(findings: "Sequence[Finding]") -> None:
-    """Print the findings, grouped by host."""
-    host = ""
-    for finding in findings:
-        if finding.host != host:
-            host = finding.host
-            print(host)
-        show(f"  {finding.level:<9}{finding.check:<16}{finding.what}", sys.stdout, indent=FINDING)
-        if finding.why:
-            show(f"{'':<11}{'why':<16}{finding.why}", sys.stdout, indent=FINDING)
-        if finding.fix:
-            print(visible(f"{'':<11}{'fix':<16}{finding.fix}"))

@@ -249,7 +249,13 @@ def part_folder(goal: Path) -> Iterator[Path]:
     On exit the folder is deleted, unless `move_into_place` has renamed it. Raise CheckpointError if
     the disk is full.
     """
-    _remove_killed(goal)
+    # Delete the hidden folders of killed exports to this path, because each can hold a model.
+    for folder in goal.parent.glob(".*.part"):
+        match = re.fullmatch(rf"\.{re.escape(goal.name)}\.([0-9]+)\.part", folder.name)
+        # In a container, process ids are soon reused. This process has not written anything yet, so
+        # a folder with its process id is from a killed export too.
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            shutil.rmtree(folder, ignore_errors=True)
     new_parents = [folder for folder in goal.parents if not folder.exists()]
     part = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     try:
@@ -291,13 +297,3 @@ def move_into_place(written: Path, goal: Path) -> None:
 def _old(goal: Path) -> Path:
     """Return the path to which the old folder is renamed while a new export replaces it."""
     return goal.with_name(f".{goal.name}.old")
-
-
-def _remove_killed(goal: Path) -> None:
-    """Delete the hidden folders of killed exports to this path, because each can hold a model."""
-    for folder in goal.parent.glob(".*.part"):
-        match = re.fullmatch(rf"\.{re.escape(goal.name)}\.([0-9]+)\.part", folder.name)
-        # In a container, process ids are soon reused. This process has not written anything yet, so
-        # a folder with its process id is from a killed export too.
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
-            shutil.rmtree(folder, ignore_errors=True)

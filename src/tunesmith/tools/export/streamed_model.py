@@ -201,7 +201,13 @@ def _stream(model: PreTrainedModel, reader: _WeightReader) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(reader.dtype)
-    _read_buffers(model, reader)
+    # Load the buffers that are stored in the checkpoint. The others were computed when the model
+    # was built, so they are only moved to the device.
+    for name, module in model.named_modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            stored = reader.weights.get(f"{name}.{key}")
+            values = buffer if stored is None else reader.whole(stored).to(buffer.dtype)
+            setattr(module, key, values.to(reader.device))
     rest = {}  # modules that do not read their weights themselves, by name
     for name, module in list(model.named_modules()):
         if is_plain_linear(module):
@@ -217,18 +223,6 @@ def _stream(model: PreTrainedModel, reader: _WeightReader) -> None:
         # Read the remaining parameters of a layer directly before the forward of the layer.
         _read_before_forward(layer, {name: rest.pop(name) for name in inside}, reader)
     _read_parameters(rest, reader)
-
-
-def _read_buffers(model: nn.Module, reader: _WeightReader) -> None:
-    """Load the buffers that are stored in the checkpoint.
-
-    The other buffers were computed when the model was built, so they are only moved to the device.
-    """
-    for name, module in model.named_modules():
-        for key, buffer in list(module.named_buffers(recurse=False)):
-            stored = reader.weights.get(f"{name}.{key}")
-            values = buffer if stored is None else reader.whole(stored).to(buffer.dtype)
-            setattr(module, key, values.to(reader.device))
 
 
 def _read_token_rows(module: nn.Module, weight: TunedWeight, reader: _WeightReader) -> None:

@@ -301,8 +301,12 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
     set_bypassed(model, files.support.dead_targets)
     if is_sharded(files.folder):
         # The shards of several ranks hold the entire trained model, so the base is not needed.
-        sources = _sharded_rows(model, ShardedTensors(files.folder))
-        weights = {name: TunedWeight(None, rows) for name, rows in sources.items()}
+        tensors = ShardedTensors(files.folder)
+        cache = TensorCache()
+        weights = {}
+        for name, tensor in weights_of(model).items():
+            read_all = partial(_read_sharded, tensors, name, tensor.dtype)
+            weights[name] = TunedWeight(None, WholeRows(tensor.shape, read_all, cache))
         return TunedModel(**vars(read), model=model, weights=weights)
     trained = define_model(run, files)
     sources = _stored_rows(model, trained, read)
@@ -314,19 +318,6 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
         copy_saved_modules(trained, run.adapter)
         weights = _adapted_weights(model, trained, read, sources)
     return TunedModel(**vars(read), model=model, weights=weights)
-
-
-def _sharded_rows(model: PreTrainedModel, tensors: ShardedTensors) -> dict[str, RowSource]:
-    """Return a `RowSource` for each parameter in a checkpoint of several ranks.
-
-    Keys are names of `weights_of`.
-    """
-    cache = TensorCache()
-    sources: dict[str, RowSource] = {}
-    for name, tensor in weights_of(model).items():
-        read_all = partial(_read_sharded, tensors, name, tensor.dtype)
-        sources[name] = WholeRows(tensor.shape, read_all, cache)
-    return sources
 
 
 def _stored_rows(

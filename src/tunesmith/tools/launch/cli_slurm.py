@@ -20,9 +20,11 @@ import argparse
 import dataclasses
 
 from tunesmith.cli.options import notify, whole_number
+from tunesmith.config.schema import Parallel
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.launch.jobs import check_free, recipe_file
+from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.tools.launch import slurm
 from tunesmith.tools.launch.cli_local import add_launched, is_finished, launched_recipe
 
@@ -98,8 +100,11 @@ def run(args: argparse.Namespace) -> None:
     request = slurm.JobRequest(**{name: vars(args)[name] for name in fields if name in args})
     # Pass the number of ranks, because the login node and the compute nodes have different
     # hardware.
-    recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(request))
-    slurm.check_mesh_of_job(recipe, request)
+    ranks = args.nodes * slurm.ranks_of(request)
+    recipe = launched_recipe(args, ranks=ranks)
+    if recipe.parallel != Parallel():
+        # Check that the recipe's mesh fits the number of ranks.
+        possible_shapes(recipe.parallel, ranks)
     request = dataclasses.replace(request, saving=slurm.saving_seconds(recipe))
     words = [args.recipe, *args.overrides]
     if args.render:

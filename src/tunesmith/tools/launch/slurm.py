@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.config.dump import dump
-from tunesmith.config.schema import Parallel, Run
+from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.packages import installed_versions
@@ -27,7 +27,6 @@ from tunesmith.launch.slurm_job import SlurmJob, run_slurm
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
-from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.tools.launch.inputs import hub_sources, passed_variables, recipe_inputs
 
 # Names of files in the folder `launch` of the run directory.
@@ -391,12 +390,6 @@ def check_reach(run: Run, request: JobRequest, words: Sequence[str]) -> None:
             fix="run `wandb login`, which writes ~/.netrc for the nodes, or "
             "`export WANDB_MODE=offline`, or set log.wandb=false",
         )
-
-
-def check_mesh_of_job(run: Run, request: JobRequest) -> None:
-    """Raise RecipeError if the recipe's mesh does not fit the number of ranks of the job."""
-    if run.parallel != Parallel():
-        possible_shapes(run.parallel, request.nodes * ranks_of(request))
 
 
 def hub_home() -> str:

@@ -74,7 +74,8 @@ class SharedBase:
             # Set the seed, so that the adapter gets the same initial values as in a separate run.
             torch.manual_seed(run.train.seed)
             # Replace only the adapter. The base model stays in memory.
-            lora.replace_adapter(root.model, run.adapter)
+            for _, layer in lora.low_ranks(root.model):
+                layer.add_lora(run.adapter, layer.lora_A.device)
             init_adapter(run, root.model)
             root.reference = reference_of(run, root)
             if start.checkpoint:
