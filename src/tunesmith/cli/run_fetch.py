@@ -4,6 +4,7 @@ the entries of the caches.
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from tunesmith.config.schema import Model, Source
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import UsageError
 from tunesmith.hub import fetch
-from tunesmith.hub.fetch import cached_items, remove_cached
+from tunesmith.hub.fetch import cached_items
 from tunesmith.inference.load_run import select_device
 from tunesmith.units import count_of
 
@@ -135,7 +136,9 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
         )
     if not dry:
         for item in items:
-            remove_cached(item)
+            # Also delete the lock files of huggingface_hub.
+            shutil.rmtree(item.folder)
+            shutil.rmtree(item.folder.parent / ".locks" / item.folder.name, ignore_errors=True)
     if as_json:
         rows = [
             {"name": item.name, "kind": item.kind, "bytes": item.size, "removed": not dry}

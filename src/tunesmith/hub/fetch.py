@@ -8,7 +8,6 @@ lists and deletes the contents of the caches.
 import logging
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -449,9 +448,3 @@ def _items_in(cache: Path, kind: str, pattern: str = "*") -> list[CachedItem]:
         files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
         items.append(CachedItem(name, kind, sum(file.st_size for file in files), folder))
     return items
-
-
-def remove_cached(item: CachedItem) -> None:
-    """Delete an entry of a cache from the disk, with its lock files and unfinished downloads."""
-    shutil.rmtree(item.folder)
-    shutil.rmtree(item.folder.parent / ".locks" / item.folder.name, ignore_errors=True)

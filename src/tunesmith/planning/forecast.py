@@ -18,7 +18,7 @@ from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
-from tunesmith.planning.run_plan import Machine, RunPlan, Saving, ShortSteps
+from tunesmith.planning.run_plan import Machine, RunPlan, ShortSteps
 from tunesmith.planning.step_time import Step, StepTime
 from tunesmith.planning.workload import Workload, rank_step, scale_step
 from tunesmith.quant.schemes import scheme_of
@@ -200,7 +200,8 @@ class Planner:
             run, self.spec, self.machine, self.trained, mesh, work.probabilities, work.whole
         )
         plan = resolve.resolve_plan(estimator, self.cluster, work, self.previous_micro_batch)
-        plan = replace(plan, savings=cache(partial(self._savings, plan)))
+        find = partial(savings.find_savings, run, plan, self.machine, self._plan_changed)
+        plan = replace(plan, savings=cache(partial(find, longest=work.longest)))
         if work.whole > 1:
             reason = f"attention sees each answer whole; {1 - 1 / work.whole:.0%} fewer tokens"
             unit = "group" if run.samples_answers else "pair"
@@ -237,13 +238,6 @@ class Planner:
             step_seconds=step_seconds,
             tokens_per_second=tokens_per_second,
             hours=seconds / 3600 if seconds else None,
-        )
-
-    def _savings(self, plan: RunPlan) -> tuple[Saving, ...]:
-        """Return changes of the recipe with which the run needs less memory than with `plan`."""
-        longest = self.work.longest
-        return savings.find_savings(
-            self.run, plan, self.machine, self._plan_changed, longest=longest
         )
 
     def _plan_changed(self, run: Run) -> RunPlan:

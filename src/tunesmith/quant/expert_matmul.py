@@ -109,7 +109,7 @@ class ExpertProducts(GroupedProducts):
         gathers, sums, is_transposed = flags
         sizes = (experts, in_features, out_features)
         stack = FrozenStack(find_format(encoding), tensors, sizes, is_transposed, is_compiled)
-        return cls(stack, RowIndex.of_tensors(index_tensors), gathers, sums)
+        return cls(stack, RowIndex(*index_tensors), gathers, sums)
 
     def forward(self, x: Tensor, lora: Sequence[Tensor]) -> list[Tensor]:
         """Return the output, and x A^T [rows, rank] if there is an adapter."""

@@ -30,7 +30,7 @@ class RowIndex(NamedTuple):
     tokens: Tensor
     places: Tensor
     offsets: Tensor
-    ends: Tensor | None
+    ends: Tensor | None = None
 
     def slots(self) -> Tensor:
         """Return for each row: token index * number of experts + expert index. int64 [rows]."""
@@ -59,16 +59,8 @@ class RowIndex(NamedTuple):
         return rows.split(counts)
 
     def tensors(self) -> list[Tensor]:
-        """Return all tensors as a list. `of_tensors` creates the index again."""
-        tensors = [self.tokens, self.places, self.offsets]
-        if self.ends is not None:
-            tensors.append(self.ends)
-        return tensors
-
-    @classmethod
-    def of_tensors(cls, tensors: Sequence[Tensor]) -> "RowIndex":
-        tokens, places, offsets, *ends = tensors
-        return cls(tokens, places, offsets, ends[0] if ends else None)
+        """Return all tensors as a list. `RowIndex(*tensors)` creates the index again."""
+        return [tensor for tensor in self if tensor is not None]
 
 
 class ExpertRows(NamedTuple):

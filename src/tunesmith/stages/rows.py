@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import restore_resolved_values
-from tunesmith.config.schema import Data, Run, Source
+from tunesmith.config.schema import Run
 from tunesmith.data.compare.splits import OpenedRows, open_sources
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.source.folders import check_local
@@ -55,7 +55,10 @@ def open_rows(
     opened = open_sources(data, known.opened if known else opened)
     refused = []
     for source, rows in () if known else (*opened.train, *opened.validation):
-        if _is_checked_early(source, data):
+        path = Path(source.source).expanduser()
+        is_small = path.is_file() and path.stat().st_size <= MAX_EARLY_BYTES
+        # If `leave_out` is set, bad rows can be excluded from the run and are no error.
+        if is_small and not data.leave_out:
             bad = find_bad_rows(rows, source, data.system)
             if bad and (data.bad_rows == "error" or bad.count == bad.rows):
                 refused.append(bad)
@@ -63,9 +66,3 @@ def open_rows(
         raise error_of_sources(refused)
     model = restore_resolved_values(run.model, request.start.previous_run)
     return RowFacts(replace(request, run=replace(run, model=model)), opened)
-
-
-def _is_checked_early(source: Source, data: Data) -> bool:
-    # If `leave_out` is set, bad rows can be excluded from the run and are no error.
-    path = Path(source.source).expanduser()
-    return not data.leave_out and path.is_file() and path.stat().st_size <= MAX_EARLY_BYTES

@@ -43,7 +43,7 @@ from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, log_lines, stderr_only_from
 from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest, loading_libraries
 from tunesmith.host.streams import survive_write_errors
-from tunesmith.metrics.log_file import LogFile, log_file_of_run
+from tunesmith.metrics.log_file import log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import RecordCallback, Sinks
 from tunesmith.presentation.output import adapter_lines, moved_lines, writers_lines
@@ -272,7 +272,11 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
     callback = RecordCallback(options.on_record)
     stop.wants_end = lambda: callback.has_ended
     with ExitStack() as stack:
-        stack.enter_context(logging_of_rank(ranks, log_file))
+        stack.enter_context(default_level(level_of_process(ranks.rank)))
+        # Rank 0 also writes log.txt. The other ranks show only warnings about data, because these
+        # can differ between ranks that use different disks and caches.
+        is_main = ranks.is_main_process
+        stack.enter_context(log_file if is_main else stderr_only_from("tunesmith.data"))
         # An error before the first step has its cause in the recipe, the data or the machine, so
         # raise it as UsageError.
         with as_usage_error(ranks):
@@ -321,18 +325,6 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
         trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.checkpoints.writer.close)
         return train_to_end(trainer, sinks, callback)
-
-
-@contextlib.contextmanager
-def logging_of_rank(ranks: Ranks, log_file: LogFile) -> Iterator[None]:
-    """Context manager in which rank 0 also writes log.txt, and the other ranks show only warnings
-    about data. These can differ between ranks that use different disks and caches.
-    """
-    with (
-        default_level(level_of_process(ranks.rank)),
-        log_file if ranks.is_main_process else stderr_only_from("tunesmith.data"),
-    ):
-        yield
 
 
 def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> Result:

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, get_args
+from typing import get_args
 
 from tunesmith.config.schema import RowFault, Source
 from tunesmith.data.compare.near_duplicates import find_near_duplicates, words_of
@@ -128,8 +128,12 @@ def check_rows(sources: SourceRows, *, only_cached: bool = False) -> RowFindings
         findings = findings.mapped(lambda rows: [indices[row] for row in rows])
         return replace(findings, rows=indices.stop)
 
+    described = [
+        [rows.digest(), source.format, sorted(source.columns.items())] for source, rows in sources
+    ]
+    key = [ROW_CHECKS_VERSION, limits(), described]
     try:
-        return measure_once("row-checks", _key(sources), check, RowFindings)
+        return measure_once("row-checks", key, check, RowFindings)
     except LookupError:
         if only_cached:
             return RowFindings()
@@ -157,13 +161,6 @@ def place(sources: SourceRows, index: int) -> str:
             return rows.where(index)
         index -= len(rows)
     raise IndexError(index)
-
-
-def _key(sources: SourceRows) -> list[Any]:
-    described = [
-        [rows.digest(), source.format, sorted(source.columns.items())] for source, rows in sources
-    ]
-    return [ROW_CHECKS_VERSION, limits(), described]
 
 
 def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = None) -> RowFindings:
