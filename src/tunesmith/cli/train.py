@@ -63,7 +63,19 @@ def run(args: argparse.Namespace) -> None:
     # Collect log lines in memory until the run opens log.txt and writes them to it.
     with log_file:
         with StopRequest() as early:
-            recipe, new_recipe = _read_recipe(args, early)
+            if is_launched():
+                # Record signals without raising an exception. If this rank waits for another rank,
+                # the launcher stops it.
+                early.defer_signals(announce=False)
+            elif StopRequest.is_of_command:
+                early.patience = STOP_PATIENCE_SECONDS
+            with reported_once_a_node():
+                recipe, new_recipe = chosen_recipe(args, on_draft=_check_output_dir)
+                if new_recipe is not None:
+                    new_recipe.check_file()
+            if new_recipe is not None:
+                name = new_recipe.name
+                log.info(f"recipe: {name} (edit it and run: tunesmith train {name})")
             if early.requested():
                 raise early.not_begun()
             with loading_libraries():
@@ -86,28 +98,6 @@ def _check_output_dir(recipe: "Run") -> None:
     if not is_launched():
         with claim_run_dir(Path(recipe.output_dir), inputs_of(recipe).values()):
             pass
-
-
-def _read_recipe(args: argparse.Namespace, early: StopRequest) -> "tuple[Run, NewRecipe | None]":
-    """Read or make the recipe that the command line describes.
-
-    Returns:
-        The recipe, and the file of a new recipe or None.
-    """
-    if is_launched():
-        # Record signals without raising an exception. If this rank waits for another rank, the
-        # launcher stops it.
-        early.defer_signals(announce=False)
-    elif StopRequest.is_of_command:
-        early.patience = STOP_PATIENCE_SECONDS
-    with reported_once_a_node():
-        recipe, new_recipe = chosen_recipe(args, on_draft=_check_output_dir)
-        if new_recipe is not None:
-            new_recipe.check_file()
-    if new_recipe is not None:
-        name = new_recipe.name
-        log.info(f"recipe: {name} (edit it and run: tunesmith train {name})")
-    return recipe, new_recipe
 
 
 def _show_result(

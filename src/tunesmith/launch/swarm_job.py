@@ -161,23 +161,21 @@ class SwarmJob(Job):
         deadline = time.monotonic() + SECONDS_TO_SAVE + 60
         while tasks and time.monotonic() < deadline:
             time.sleep(POLL)
-            tasks = self.tasks_at_work(manager)
+            rows = run_on(manager, "docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
+            # Ignore lost nodes, because they cannot report that their task has ended, so the loop
+            # would wait until the deadline.
+            lost_nodes = {
+                row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")
+            }
+            tasks = [
+                task
+                for task in self.tasks(manager) or []
+                if _task_state(task) not in ENDED_TASKS and task["Node"] not in lost_nodes
+            ]
         unreachable = self.clean()
         run = Job.state(self)
         line = f"the service is removed; {run.state}: {run.text}"
         return "; ".join([line, *(f"{host} cannot be reached" for host in unreachable)])
-
-    def tasks_at_work(self, manager: str) -> list[dict[str, str]]:
-        """Return the tasks that have not ended. Tasks on lost nodes are left out."""
-        rows = run_on(manager, "docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
-        # Ignore lost nodes, because they cannot report that their task has ended, so the caller
-        # would wait until the timeout.
-        lost_nodes = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
-        return [
-            task
-            for task in self.tasks(manager) or []
-            if _task_state(task) not in ENDED_TASKS and task["Node"] not in lost_nodes
-        ]
 
     def clean(self) -> list[str]:
         """Remove all objects that a launch created. Return the nodes that cannot be reached.

@@ -59,7 +59,17 @@ def open_output(run: Run, ranks: Ranks, *, fresh: bool = False) -> Iterator[Outp
     """
     out = Path(run.output_dir)
     with ranks.raise_on_all_ranks():
-        check_ranks(run, ranks.world)
+        # Check that the ranks can train the recipe.
+        possible_shapes(run.parallel, ranks.world)
+        if run.profile.enabled and run.profile.ranks != "all":
+            highest = max(run.profile.ranks, default=0)
+            if highest >= ranks.world:
+                raise UsageError(
+                    f"profile.ranks contains rank {highest}, but the run has only "
+                    f"{count_of(ranks.world, 'rank')} (the first is rank 0)",
+                    where="profile.ranks",
+                    fix="set profile.ranks=[0], or profile.ranks=all",
+                )
     with ExitStack() as stack:
         # `lock` creates the directory, and runs only on ranks that write it. The other ranks must
         # not look for the directory before it exists, because a network file system caches that a
@@ -105,20 +115,6 @@ def begin_run(run: Run, output: OutputFacts, stack: ExitStack) -> Sequence[Path 
         output.claim.begin()
         stack.enter_context(note_running(output.folder))
     return places
-
-
-def check_ranks(run: Run, world: int) -> None:
-    """Raise UsageError if the recipe cannot be trained by `world` ranks."""
-    possible_shapes(run.parallel, world)
-    if run.profile.enabled and run.profile.ranks != "all":
-        highest = max(run.profile.ranks, default=0)
-        if highest >= world:
-            raise UsageError(
-                f"profile.ranks contains rank {highest}, but the run has only "
-                f"{count_of(world, 'rank')} (the first is rank 0)",
-                where="profile.ranks",
-                fix="set profile.ranks=[0], or profile.ranks=all",
-            )
 
 
 def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> tuple[Run, str]:

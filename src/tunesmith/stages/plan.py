@@ -132,7 +132,19 @@ def find_machine(tokens: TokenFacts, ranks: Ranks = ONE_PROCESS) -> MachineFacts
     with ranks.raise_on_all_ranks():
         dtype, reason = resolve_dtype(run.model, run.train, chip, tokens.model.spec)
         machine = MachineFacts(tokens, device, chip, dtype, reason)
-        check_machine(machine.run, device, chip)
+        # Check the device and the packages before weights are downloaded.
+        check_bf16(dtype, chip)
+        if machine.run.train.optimizer == "adamw-8bit":
+            packages.bnb_functional("8-bit moments", "train.optimizer")
+        if scheme_of(machine.run.model) is NF4:
+            check_nf4(device)
+        if dtype == "fp16" and device.type == "cpu":
+            raise MachineError(
+                "fp16 cannot be trained on a CPU",
+                where="model.dtype",
+                why="CPUs emulate fp16 matmuls, which is hundreds of times slower than bf16",
+                fix="set model.dtype=bf16, or model.dtype=fp32",
+            )
     return machine
 
 
@@ -145,26 +157,6 @@ def common_chip(device: torch.device, ranks: Ranks) -> Chip:
     chips = ranks.all_gather_object(chip_of(device, ranks.heartbeat.peers.local_processes()))
     chip = min(chips, key=lambda chip: chip.bf16)
     return replace(chip, gib=min(chip.gib for chip in chips))
-
-
-def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
-    """Check that the device supports the recipe's dtype and that required packages are installed.
-
-    Call this before weights are downloaded.
-    """
-    dtype = run.model.dtype
-    check_bf16(dtype, chip)
-    if run.train.optimizer == "adamw-8bit":
-        packages.bnb_functional("8-bit moments", "train.optimizer")
-    if scheme_of(run.model) is NF4:
-        check_nf4(device)
-    if dtype == "fp16" and device.type == "cpu":
-        raise MachineError(
-            "fp16 cannot be trained on a CPU",
-            where="model.dtype",
-            why="CPUs emulate fp16 matmuls, which is hundreds of times slower than bf16",
-            fix="set model.dtype=bf16, or model.dtype=fp32",
-        )
 
 
 def make_plan(machine: MachineFacts, ranks: Ranks = ONE_PROCESS) -> PlanFacts:

@@ -13,7 +13,6 @@ The position of each token comes from the tokenizer's offsets.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -85,25 +84,6 @@ class _Tokens(NamedTuple):
     ends: np.ndarray
 
 
-@contextmanager
-def _tokenizer_errors() -> Iterator[None]:
-    """Convert errors of the tokenizer to DataError.
-
-    A tokenizer fails, for example, if a regular expression exceeds its step limit.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not is_fault(error):
-            raise
-        raise DataError(
-            "the tokenizer cannot tokenize the text of this row",
-            why=first_line(error),
-            fix="shorten or delete the row, or use the tokenizer of the base model: "
-            "model.tokenizer=NAME",
-        ) from error
-
-
 class Aligner:
     """Tokenizes texts and converts spans of characters to tokens.
 
@@ -154,8 +134,18 @@ class Aligner:
         # Tokenize many texts per call, because the tokenizer processes the texts of a call with
         # several threads.
         for batch in _in_batches(texts):
-            with _tokenizer_errors():
+            try:
                 encodings = self._core.encode_batch(batch, add_special_tokens=False)
+            except BaseException as error:
+                if not is_fault(error):
+                    raise
+                # A tokenizer fails, for example, if a regular expression exceeds its step limit.
+                raise DataError(
+                    "the tokenizer cannot tokenize the text of this row",
+                    why=first_line(error),
+                    fix="shorten or delete the row, or use the tokenizer of the base model: "
+                    "model.tokenizer=NAME",
+                ) from error
             for encoding in encodings:
                 offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
                 tokenized.append(

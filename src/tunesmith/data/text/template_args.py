@@ -74,20 +74,18 @@ def with_arguments(
     # The date is not a variable of the template. Therefore replace the calls of strftime_now in the
     # template.
     if _DATE_ARGUMENT in assigned:
-        template = with_fixed_date(template, _read_date(assigned.pop(_DATE_ARGUMENT)))
+        value = assigned.pop(_DATE_ARGUMENT)
+        try:
+            date = datetime.date.fromisoformat(str(value))
+        except ValueError as error:
+            raise DataError(
+                f"{value} is not a date",
+                where=f"data.template_args.{_DATE_ARGUMENT}",
+                why=str(error),
+                fix=f"write {_DATE_ARGUMENT}: 2026-05-01",
+            ) from error
+        template = with_fixed_date(template, date)
     return assign_arguments(template, assigned)
-
-
-def _read_date(value: Argument) -> datetime.date:
-    try:
-        return datetime.date.fromisoformat(str(value))
-    except ValueError as error:
-        raise DataError(
-            f"{value} is not a date",
-            where=f"data.template_args.{_DATE_ARGUMENT}",
-            why=str(error),
-            fix=f"write {_DATE_ARGUMENT}: 2026-05-01",
-        ) from error
 
 
 def assign_arguments(jinja: str, arguments: Mapping[str, Argument]) -> str:

@@ -37,7 +37,6 @@ lm-evaluation-harness.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.cli.options import (
@@ -52,7 +51,7 @@ from tunesmith.cli.options import (
 from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
 from tunesmith.distributed.ranks import reported_once_a_node
-from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
+from tunesmith.inference.load_run import locate_run, require_held_out
 from tunesmith.scoring.scorers import check_scorer_names
 
 LOADS_TORCH = "here"
@@ -118,24 +117,20 @@ def run(args: argparse.Namespace) -> None:
         ]
         for location in locations:
             notify_weights(location)
-        check_row_arguments(args, locations)
+        # Check that options do not contradict each other, and that the rows exist.
+        if args.data is None:
+            data_options = ("split", "columns", "format_name")
+            check_not_given(args, data_options, "requires --data", fix="add --data FILE")
+            for run_name, location in zip(args.runs, locations, strict=True):
+                require_held_out(location, run_name)
+        elif is_local(args.data):
+            check_local(Path(args.data).expanduser())
+        if not args.scorers:
+            answer_options = ("output", "fresh", "temperature", "seed")
+            check_not_given(
+                args, answer_options, "requires --score", fix="add --score exact, or another scorer"
+            )
+        check_scorer_names(args.scorers)
     from tunesmith.tools.evaluate.run_eval import run_rows
 
     run_rows(args)
-
-
-def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocation]) -> None:
-    """Raise UsageError if options contradict each other, or if the rows do not exist."""
-    if args.data is None:
-        data_options = ("split", "columns", "format_name")
-        check_not_given(args, data_options, "requires --data", fix="add --data FILE")
-        for run_name, location in zip(args.runs, locations, strict=True):
-            require_held_out(location, run_name)
-    elif is_local(args.data):
-        check_local(Path(args.data).expanduser())
-    if not args.scorers:
-        answer_options = ("output", "fresh", "temperature", "seed")
-        check_not_given(
-            args, answer_options, "requires --score", fix="add --score exact, or another scorer"
-        )
-    check_scorer_names(args.scorers)

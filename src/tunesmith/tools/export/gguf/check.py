@@ -184,11 +184,7 @@ def _prompts_and_positions(
     prompt is joined from several rows of the run.
     """
     prompts, _ = probe_prompts(tuned)
-    positions = []
-    for prompt in prompts:
-        count = min(POSITIONS_PER_PROMPT, len(prompt))
-        # Evenly spaced positions, including the last token.
-        positions.append([len(prompt) * (number + 1) // count - 1 for number in range(count)])
+    positions = [_spaced_positions(len(prompt)) for prompt in prompts]
     config = tuned.model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     window = window or getattr(config, "attention_chunk_size", None) or 0
@@ -225,6 +221,12 @@ def _served_logits(
                 served.append(values.unsqueeze(0))
                 compared.append(row.log_softmax(-1).unsqueeze(0))
     return compared, served
+
+
+def _spaced_positions(length: int) -> list[int]:
+    """Return evenly spaced positions of a prompt of `length` tokens, including the last token."""
+    count = min(POSITIONS_PER_PROMPT, length)
+    return [length * (number + 1) // count - 1 for number in range(count)]
 
 
 def _check_ids(server: LlamaCpp, tuned: TunedModel) -> int:
