@@ -467,6 +467,16 @@ class Sample(TypedDict):
     row: NotRequired[str | None]
 
 
+def rollout_files(folder: Path) -> dict[int, Path]:
+    """Return the files of sampled answers in a folder by their step, in order."""
+    found = {}
+    for path in folder.glob("step-*.safetensors"):
+        step = path.stem.removeprefix("step-")
+        if step.isdecimal():
+            found[int(step)] = path
+    return dict(sorted(found.items()))
+
+
 def read_samples(folder: Path) -> Part[list[Sample]]:
     """Read the sample answers in samples.jsonl, sorted by step.
 

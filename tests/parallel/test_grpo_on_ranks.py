@@ -28,22 +28,34 @@ RL: dict[str, Any] = {
     "train": {"duration": "3 steps", "global_batch": "5 examples", "learning_rate": 1e-3},
     "validate": {"every": "3 steps"},
 }
-CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "adapter, copies": ({}, {"replicate": 2}),
-    "adapter, shards": ({}, {"shard": 2}),
-    "in full, shards": ({"adapter": {"kind": "none"}}, {"shard": 2}),
-    "penalty to the base": ({"method": {"beta": 0.1}}, {"replicate": 2}),
+# Changes of the recipe, the mesh, and the number of answers that are sampled at the same time: with
+# 4, a prompt is in each window, and with 64, one rank samples all answers and the other none.
+CASES: dict[str, tuple[dict[str, Any], dict[str, int], int]] = {
+    "adapter, copies": ({}, {"replicate": 2}, 4),
+    "adapter, shards": ({}, {"shard": 2}, 4),
+    "adapter, shards, one samples": ({}, {"shard": 2}, 64),
+    "in full, shards": ({"adapter": {"kind": "none"}}, {"shard": 2}, 4),
+    "in full, shards, one samples": ({"adapter": {"kind": "none"}}, {"shard": 2}, 64),
+    "penalty to the base": ({"method": {"beta": 0.1}}, {"replicate": 2}, 4),
 }
 
 
-def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> list[dict[str, float]]:
-    import tunesmith.training.rollouts
+def numbers(
+    model: Path, folder: Path, changes: dict[str, Any], at_once: int
+) -> list[dict[str, float]]:
+    import tunesmith.model.slots
+    from tunesmith.training import rollouts
 
-    tunesmith.training.rollouts.ANSWERS_AT_ONCE = 4  # a prompt in each window
-    if os.environ.get("RANK", "0") != "0":
-        # Nodes without a common disk do not have the file: reading it apart would end in a hang.
-        tunesmith.training.rollouts.RolloutFile.read = lambda *_: pytest.fail("read on rank 1")
+    tunesmith.model.slots.ANSWERS_AT_ONCE = at_once
+    sampled = []
+    sample = rollouts.sample
+    rollouts.sample = lambda *args, **options: sampled.append(0) or sample(*args, **options)
     result = train(make_run(model, folder, **merge(RL, changes)), quiet=True)
+    rollouts.sample = sample
+    if at_once == 64:
+        assert bool(sampled) == (os.environ.get("RANK", "0") == "0")
+    else:  # the windows of 5 prompts go to the ranks in turn
+        assert len(sampled) >= 3 * (5 // int(os.environ.get("WORLD_SIZE", "1")))
     return [
         {"loss": r.loss, "grad_norm": r.grad_norm, **r.extra, "rollout_seconds": 0.0}
         for r in result.records
@@ -53,21 +65,20 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> list[dict[str
 def test_two_ranks_do_what_one_does(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text(REWARD)
     alone, cases = {}, []
-    for name, (what, mesh) in CASES.items():
+    for name, (what, mesh, at_once) in CASES.items():
         out = str(tmp_path / f"{name}, alone")
-        alone[name] = numbers(tiny, tmp_path, {**what, "output_dir": out})
+        alone[name] = numbers(tiny, tmp_path, {**what, "output_dir": out}, at_once)
         changes = {**what, "parallel": mesh, "output_dir": str(tmp_path / name)}
-        cases.append((tiny, tmp_path, changes))
+        cases.append((tiny, tmp_path, changes, at_once))
     on_ranks = run_each(2, numbers, cases)[0]
     for name, many in zip(alone, on_ranks, strict=True):
         for one, several in zip(alone[name], many, strict=True):
             assert several == pytest.approx(one, rel=1e-4, abs=1e-5), name
         for step in (1, 2, 3):
             file = f"rollouts/step-{step}.safetensors"
-            theirs = tmp_path / f"{name}, alone" / file
-            if theirs.is_file():
-                ours = load_file(tmp_path / name / file)
-                assert np.array_equal(ours["ids"], load_file(theirs)["ids"])
+            ours, theirs = (load_file(tmp_path / run / file) for run in (name, f"{name}, alone"))
+            assert np.array_equal(ours["ids"], theirs["ids"])
+            assert ours["texts"].tobytes() == theirs["texts"].tobytes()
         if "adapter" in name:
             file = "final/adapter_model.safetensors"
             ours = load_file(tmp_path / name / file)

@@ -23,6 +23,7 @@ from pathlib import Path
 from tunesmith.cli.options import add_json
 from tunesmith.cli.recipe_options import RECIPE_HELP, add_recipe, chosen_recipe
 from tunesmith.config.shipped import shipped
+from tunesmith.errors import UsageError
 from tunesmith.host.streams import show
 from tunesmith.run_dir import RECIPE
 
@@ -45,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.rollouts:
+        if args.recipe or args.data or args.json:
+            raise UsageError(
+                "--rollouts cannot be combined with a recipe, --data or --json",
+                where="--rollouts",
+                fix="tunesmith data --rollouts RUN STEP",
+            )
         from tunesmith.reader.rollouts import rollout_lines
 
         folder, step = args.rollouts

@@ -144,7 +144,7 @@ def _grpo(run: Run) -> Iterator[Problem]:
         yield Problem(
             "method.reward_weights",
             "has no weight above 0, so the best answers would get no reward",
-            fix="set a weight above 0; a negative weight is for a scorer of faults",
+            fix="set a weight above 0; use a negative weight only for a scorer that detects faults",
         )
     if not rewards:
         yield Problem(
@@ -163,6 +163,12 @@ def _grpo(run: Run) -> Iterator[Problem]:
             method.beta > 0 and run.adapter.kind == "none",
             f"is {method.beta}, but the base model is not available in full fine-tuning",
             "set method.beta: 0, or adapter.kind: lora",
+        ),
+        "adapter.dropout": (
+            run.adapter.dropout > 0,
+            f"is {run.adapter.dropout}, but the sampled answers have the probabilities without "
+            "dropout",
+            "set adapter.dropout: 0",
         ),
         "parallel.tensor": (
             run.parallel.tensor not in (1, "auto"),

@@ -595,7 +595,7 @@ class Run:
 
     @property
     def samples_answers(self) -> bool:
-        """Whether the run trains on answers that the model samples."""
+        """Return whether the run trains on answers that the model samples."""
         return self.method.name == "grpo"
 
     @property

@@ -101,7 +101,8 @@ def sample(
                 key = (decoding.seed, step, prompt.row, answer)
                 draws.append(uniforms(*key, decoding.max_new_tokens))
     with evaluating(model), model.attention_for("training"):
-        slots = Slots([len(prompt.ids) for prompt in prompts], answers, device)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        slots = Slots(lengths, answers, decoding.max_new_tokens, device)
         logits, positions = _compute_prompts(model, prompts, slots, pad_id)
         logits = logits.repeat_interleave(answers, 0)
         positions = positions.repeat_interleave(answers)

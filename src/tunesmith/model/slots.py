@@ -17,7 +17,7 @@ from torch import Tensor
 # Number of tokens by which full slots are enlarged.
 GROWTH = 64
 # Number of answers that are sampled at the same time in a training. It does not depend on the
-# memory of the machine or on the ranks, because in 16-bit dtypes the answers depend on it slightly.
+# memory of the machine or on the ranks, because in 16-bit dtypes it slightly changes the answers.
 ANSWERS_AT_ONCE = 64
 
 
@@ -39,14 +39,22 @@ class Slots:
     Args:
         prompt_lengths: the number of tokens of each prompt.
         answers: number of answers to each prompt. Each answer has its own slot.
+        answer_tokens: maximum number of tokens of an answer.
 
     Attributes:
         lengths: int64 [slots], the number of tokens that each slot holds.
         longest: maximum of `lengths`, on the host.
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], answers: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        prompt_lengths: Sequence[int],
+        answers: int,
+        answer_tokens: int,
+        device: torch.device,
+    ) -> None:
         self.answers = answers
+        self.max_room = max(prompt_lengths) + answer_tokens
         self.lengths = torch.tensor(prompt_lengths, device=device).repeat_interleave(answers)
         self.longest = max(prompt_lengths)
         self.holds_prompts = False
@@ -64,7 +72,8 @@ class Slots:
 
         def spread(x: Tensor) -> Tensor:
             # Fill unused places with zeros: their probability is 0, and 0 * NaN would be NaN.
-            slots = x.new_zeros(len(self.lengths), x.shape[1], self.longest + GROWTH, x.shape[2])
+            room = min(self.longest + GROWTH, self.max_room)
+            slots = x.new_zeros(len(self.lengths), x.shape[1], room, x.shape[2])
             by_prompt = slots.unflatten(0, (prompts, self.answers))
             for prompt, (start, end) in zip(by_prompt, pairwise(edges), strict=False):
                 prompt[:, :, : end - start] = x[start:end].transpose(0, 1)
@@ -118,8 +127,10 @@ class Slots:
         """
         number = self._next_layer
         self._next_layer = (number + 1) % len(self._layers)
-        if self.longest == self._layers[number].keys.shape[2]:
-            grown = (F.pad(x, (0, 0, 0, GROWTH + x.shape[2] // 2)) for x in self._layers[number])
+        room = self._layers[number].keys.shape[2]
+        if self.longest == room:
+            growth = min(GROWTH + room // 2, self.max_room - room)
+            grown = (F.pad(x, (0, 0, 0, growth)) for x in self._layers[number])
             self._layers[number] = LayerSlots(*grown)
         layer = self._layers[number]
         slots = torch.arange(len(k), device=k.device)
@@ -136,6 +147,6 @@ class Slots:
         """Drop all slots except `slots`."""
         chosen = torch.tensor(slots, device=self.lengths.device)
         self.lengths = self.lengths.index_select(0, chosen)
-        self._layers = [
-            LayerSlots(*(x.index_select(0, chosen) for x in layer)) for layer in self._layers
-        ]
+        # Replace one layer at a time, so that only one layer is in memory twice.
+        for number, layer in enumerate(self._layers):
+            self._layers[number] = LayerSlots(*(x.index_select(0, chosen) for x in layer))

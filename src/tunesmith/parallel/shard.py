@@ -93,6 +93,14 @@ def shard_model(
     fully_shard(last, **options, reshard_after_forward=False)
     if run.adapter.kind == "none":
         shard_embedding_and_head(root, options)
+    else:
+        # In its backward, a layer gathers the layer whose forward ended before its own forward. For
+        # the first layer, this would be the last layer of an earlier forward without a backward,
+        # such as a forward that samples answers. A rank that has sampled no answers would not take
+        # part in the gather, and the run would hang.
+        first = root.layers[0]
+        assert isinstance(first, FSDPModule)
+        first.set_modules_to_backward_prefetch([first])
     fully_shard(root, **options, reshard_after_forward=False)
     for module in sharded_modules(root):
         # Sum gradients instead of averaging them, because the loss is already divided by the

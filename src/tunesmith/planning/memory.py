@@ -19,7 +19,7 @@ from tunesmith.formats.base import DENSE_BYTES
 from tunesmith.loss import chunk_size
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.slots import GROWTH, answers_at_once
+from tunesmith.model.slots import ANSWERS_AT_ONCE, answers_at_once
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.optim.adamw import HALF, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, MAX_GRADIENT_PIECES
@@ -153,20 +153,25 @@ class MemoryEstimator:
         return len(layers) if recompute == "full" else min(recompute, len(layers))
 
     def _rollouts(self, fixed: MemoryEstimate) -> tuple[int, int]:
-        """Return the bytes of the keys and values of sampled answers, and all bytes while answers
-        are sampled. Both are 0 if the method samples no answers.
+        """Return the bytes of the keys and values of sampled answers, and the total bytes while
+        answers are sampled. Both are 0 if the method samples no answers.
         """
         if not self.run.samples_answers:
             return 0, 0
         spec = self.spec
-        answers = answers_at_once(self.run.method.group)
+        # A validation samples ANSWERS_AT_ONCE answers, one to each prompt.
+        answers = max(answers_at_once(self.run.method.group), ANSWERS_AT_ONCE)
         width = sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in spec.layers)
         # A prompt and its answer have at most seq_len tokens.
-        slots = answers * (self.run.data.seq_len + GROWTH) * width * self.itemsize
+        slots = answers * self.run.data.seq_len * width * self.itemsize
         # Sharded weights are gathered once for all tokens.
         gathered = sum(self.weights(self.itemsize)) if self.sharded else 0
         logits = answers * spec.head_matmul // spec.hidden * LOGIT_BYTES
-        return slots, fixed.weights + gathered + fixed.optimizer + slots + logits
+        # While prompts are computed, about three vectors of the widest layer exist for each token.
+        prompts = answers * max(1, self.run.data.seq_len - self.run.method.answer_tokens)
+        widest = 3 * max(layer.intermediate for layer in spec.layers)
+        temporary = max(logits, prompts * widest * self.itemsize)
+        return slots, fixed.weights + gathered + fixed.optimizer + slots + temporary
 
     def min_step_bytes(self, tokens: int, recomputed_layers: int) -> int:
         """Estimate the bytes that the forward of a micro batch needs in a step after the first one.

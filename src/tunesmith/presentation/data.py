@@ -294,10 +294,11 @@ def schedule_line(data: TrainingData) -> str:
             steps += f", {duration}".removesuffix("s" if duration.amount == 1 else "")
     if data.run.samples_answers:
         method = data.run.method
+        prompts = count_of(data.run.train.global_batch.amount, "prompt")
         return (
-            f"steps: {steps}; a step samples {method.group} answers of up to "
-            f"{count_of(method.answer_tokens, 'token')} to each of its prompts, "
-            f"{data.run.train.global_batch}; an epoch has {summary.steps_per_epoch:,} steps"
+            f"steps: {steps}; each step takes {prompts} and samples {method.group} answers of up "
+            f"to {count_of(method.answer_tokens, 'token')} to each; an epoch has "
+            f"{count_of(summary.steps_per_epoch, 'step')}"
         )
     rows = count_of(summary.rows, "row")
     if data.schedule.packed:

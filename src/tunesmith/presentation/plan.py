@@ -128,8 +128,9 @@ def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[
     if plan.memory.slots:
         yield (
             f"rollouts: {answers_at_once(method.group)} answers at once, with "
-            f"{plan.memory.slots / GIB:.1f} GiB of keys and values; answers are counted with "
-            f"method.answer_tokens={method.answer_tokens}, and their seconds are the memory traffic"
+            f"{plan.memory.slots / GIB:.1f} GiB of keys and values; each answer is assumed to have "
+            f"method.answer_tokens={method.answer_tokens} tokens, and the time of sampling is "
+            "estimated from the memory traffic only"
         )
     if best.step_seconds:
         parts = [

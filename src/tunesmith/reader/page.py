@@ -19,9 +19,9 @@ from tunesmith.metrics.conversations import Turn, conversations_of, turns_of, wh
 from tunesmith.reader.compare import differing_keys, judge
 from tunesmith.reader.curves import COLORS, curves
 from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
-from tunesmith.reader.rollouts import RewardedGroup, read_groups, rollout_files
+from tunesmith.reader.rollouts import RewardedGroup, read_groups
 from tunesmith.reader.run_files import RunFiles, end_fields
-from tunesmith.run_dir import RECIPE, Fields, read_bytes, shown
+from tunesmith.run_dir import RECIPE, ROLLOUTS, Fields, read_bytes, rollout_files, shown
 from tunesmith.units import format_seconds
 
 REWARDED_PROMPTS = 4  # number of prompts whose sampled answers are shown with rewards
@@ -186,7 +186,7 @@ def rewarded_prompts(run: RunFiles) -> list[ShownPrompt]:
     """Return the prompts of the newest rollout file whose answers differ most in their reward, each
     with its best and its worst answer.
     """
-    files = rollout_files(run.folder)
+    files = rollout_files(run.folder / ROLLOUTS)
     groups: list[RewardedGroup] = []
     step = max(files, default=0)
     if files:

@@ -1,15 +1,15 @@
 """Sampled answers of a run of reinforcement learning, with their rewards."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from tunesmith.errors import UsageError
-from tunesmith.run_dir import ROLLOUTS
+from tunesmith.errors import DataError, UsageError
+from tunesmith.run_dir import ROLLOUTS, rollout_files
 
 
 class RewardedGroup(NamedTuple):
@@ -30,49 +30,47 @@ class RewardedGroup(NamedTuple):
         return self.answers[0][0] - self.answers[-1][0]
 
 
-def rollout_files(folder: Path) -> dict[int, Path]:
-    """Return the rollout files of a run by their step, in order."""
-    found = {}
-    for path in folder.glob(f"{ROLLOUTS}/step-*.safetensors"):
-        match = re.fullmatch(r"step-(\d+)", path.stem)
-        if match:
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
-
-
 def read_groups(path: Path) -> list[RewardedGroup]:
     """Read the groups of a rollout file. Raise ValueError if the file is damaged."""
     try:
-        with safe_open(path, "numpy") as file:
-            texts = file.metadata()
-            rewards = file.get_tensor("rewards").tolist()
-        prompts = json.loads(texts["prompts"])
-        answers = list(zip(rewards, json.loads(texts["answers"]), strict=True))
-    except (SafetensorError, OSError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    size = len(answers) // len(prompts)
-    groups = []
-    for n, (prompt, row) in enumerate(prompts):
-        group = sorted(answers[n * size : (n + 1) * size], key=lambda answer: -answer[0])
-        groups.append(RewardedGroup(row, prompt, group))
+        tensors = load_file(path)
+        texts = json.loads(tensors["texts"].tobytes())
+        answers = list(zip(tensors["rewards"].tolist(), texts["answers"], strict=True))
+        size = len(answers) // len(texts["prompts"])
+        groups = []
+        for n, (prompt, row) in enumerate(texts["prompts"]):
+            group = sorted(answers[n * size : (n + 1) * size], key=lambda answer: -answer[0])
+            groups.append(RewardedGroup(row, prompt, group))
+    except (SafetensorError, OSError, LookupError, ArithmeticError, TypeError) as error:
+        raise ValueError(f"the file is damaged: {error}") from error
+    if not size:
+        raise ValueError("the file is damaged: it has fewer answers than prompts")
     return groups
 
 
 def rollout_lines(folder: Path, step: str) -> Iterator[str]:
     """Yield lines with the prompts of a step and their answers, each after its reward.
 
-    Raise UsageError if the run has no such file.
+    Raises:
+        UsageError: the run has no answers of this step.
+        DataError: the file is damaged.
     """
-    files = {str(number): path for number, path in rollout_files(folder).items()}
+    files = {str(number): path for number, path in rollout_files(folder / ROLLOUTS).items()}
     if step not in files:
-        kept = ", ".join(files) or "none"
+        kept = ", ".join(files)
         raise UsageError(
             f"there are no sampled answers of step {step}",
             where=folder / ROLLOUTS,
-            why=f"a run keeps those after its oldest checkpoint: {kept}",
-            fix="use one of these steps, or a run with method: grpo",
+            why=f"a run keeps the answers of its newest steps, here {kept}"
+            if files
+            else "the folder is not a run with method grpo, or no step is finished",
+            fix=f"use one of the steps {kept}" if files else "correct the folder",
         )
-    for group in read_groups(files[step]):
+    try:
+        groups = read_groups(files[step])
+    except ValueError as error:
+        raise DataError(str(error), where=files[step], fix="use another step") from error
+    for group in groups:
         yield f"── {group.row}"
         yield group.prompt
         for reward, text in group.answers:

@@ -8,7 +8,7 @@ import logging
 import os
 import resource
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
@@ -223,13 +223,26 @@ class ScorerPool:
         """Raise DataError if the scorer cannot score the row."""
         self._processes[0].check(name, row)
 
-    def scores(self, name: str, answers: Sequence[tuple[str, ScoredRow]]) -> list[float | None]:
+    def scores(
+        self,
+        name: str,
+        answers: Sequence[tuple[str, ScoredRow]],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[float | None]:
         """Return the score of each answer. It is None if the scorer has failed, which is logged.
+
+        Args:
+            cancelled: function that is called after each score. If it returns True, the remaining
+                scores are None.
 
         Raise RunError if the scorer has failed for more than MAX_FAULTS answers.
         """
 
-        def score(answer: str, row: ScoredRow) -> float | RunError:
+        is_cancelled = False
+
+        def score(answer: str, row: ScoredRow) -> float | RunError | None:
+            if is_cancelled:
+                return None
             process = self._idle.get()
             try:
                 return process.score(name, answer, row)
@@ -242,6 +255,7 @@ class ScorerPool:
         scores: list[float | None] = []
         faults: list[RunError] = []
         for result in found:
+            is_cancelled = is_cancelled or cancelled()
             if isinstance(result, RunError):
                 faults.append(result)
                 if len(faults) > MAX_FAULTS:

@@ -1,6 +1,6 @@
 """The reward of reinforcement learning: the weighted sum of the recipe's scorers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +42,16 @@ class Reward(ScorerPool):
         reader = read_call_form(template) if TOOL_CALL in self.names else None
         super().__init__(self.names, reader, method.reward_seconds, count=count)
 
-    def of(self, answers: Sequence[RewardedAnswer]) -> np.ndarray:
+    def of(
+        self,
+        answers: Sequence[RewardedAnswer],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray:
         """Return the reward of each answer, fp64 [n]. A scorer that fails gives 0.
+
+        Args:
+            cancelled: function that is called after each score. If it returns True, the remaining
+                answers are not scored.
 
         Raise RunError if a scorer fails often.
         """
@@ -54,5 +62,6 @@ class Reward(ScorerPool):
                 (raw if name == TOOL_CALL or row.is_special else text, row)
                 for text, raw, row in answers
             ]
-            rewards += weight * np.array([score or 0.0 for score in self.scores(name, items)])
+            scores = self.scores(name, items, cancelled)
+            rewards += weight * np.array([score or 0.0 for score in scores])
         return rewards

@@ -19,8 +19,8 @@ from tunesmith.scoring.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, lea
 
 def make_scored_row(
     template: Template, sample: Sample, row: dict[str, Any], where: str
-) -> ScoredRow | None:
-    """Return a row with the reference of its last answer. Return None if the answer is empty.
+) -> ScoredRow:
+    """Return a row with the reference of its last answer, which may be empty.
 
     The reference is rendered from the row's text, not decoded from its tokens: if the tokens were
     wrong, a model that has learned them would count as right. The template also renders tool calls
@@ -38,11 +38,9 @@ def make_scored_row(
         is_empty = not is_said(sample.messages[-1])
         calls = len(sample.messages[-1].get("tool_calls") or ())
         tools = sample.tools
-    if is_empty:
-        return None
-    raw = template.answer(sample, where=where)
+    raw = "" if is_empty else template.answer(sample, where=where)
     if not raw.strip():
-        return None
+        return ScoredRow("", "", row, where)
     reference = template.without_special_tokens(raw)
     is_special = not reference.strip()
     return ScoredRow(

@@ -59,6 +59,11 @@ class ScoredRow:
     has_tools: bool = False
     is_special: bool = False
 
+    @property
+    def is_answered(self) -> bool:
+        """Return whether the row has an answer."""
+        return bool(self.raw_reference)
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -299,7 +304,8 @@ def _own_scorer_file(name: str) -> tuple[Path, str]:
 def load_own_scorer(name: str) -> Scorer:
     """Load the user's scorer `file.py:function`.
 
-    The function is called with (answer, row). The row is a copy with the key `reference` added.
+    The function is called with (answer, row). The row is a copy. If it has an answer, the key
+    `reference` is added.
 
     Raise UsageError if the file cannot be loaded or lacks the function.
     """
@@ -329,7 +335,8 @@ def load_own_scorer(name: str) -> Scorer:
         )
 
     def score(answer: str, row: ScoredRow) -> float:
-        value: float = function(answer, {**row.row, "reference": row.reference})
+        own_answer = {"reference": row.reference} if row.is_answered else {}
+        value: float = function(answer, {**row.row, **own_answer})
         return value
 
     return Scorer(name, score)

@@ -102,25 +102,26 @@ def own_rewards(run: Run, data: TrainingData) -> OwnRewards | None:
     """
     names = check_scorer_names(run.method.reward)
     compared = [name for name in names if name in SCORERS]
-    items = []
-    for i in range(min(SCORED_ROWS, len(data.train))):
-        sample = data.train.sample(i, run.data.system)
-        where = data.train.where(i)
-        scored = make_scored_row(data.template, sample, data.train.row(i), where)
-        if scored is None and compared:
-            raise DataError(
-                "the row has no answer",
-                where=where,
-                why=f"the scorer {compared[0]} compares answers with it",
-                fix="write the answer, delete the row, or use your own scorer",
-            )
-        if scored is not None:
-            items.append(RewardedAnswer(scored.reference, scored.raw_reference, scored))
+    items: list[RewardedAnswer] = []
     # Load the scorers even if there is nothing to score, so that their errors are found now.
     with _errors_of_reward(), Reward(run.method, data.template) as reward:
-        for item in items:
-            for name in compared:
-                reward.check(name, item.row)
+        for tokens in filter(None, (data.train, data.validation)):
+            # Own scorers accept all rows.
+            for i in range(len(tokens) if compared else min(SCORED_ROWS, len(tokens))):
+                sample = tokens.sample(i, run.data.system)
+                where = tokens.where(i)
+                row = make_scored_row(data.template, sample, tokens.row(i), where)
+                if compared and not row.is_answered:
+                    raise DataError(
+                        "the row has no answer",
+                        where=where,
+                        why=f"the scorer {compared[0]} compares answers with it",
+                        fix="write the answer, delete the row, or use your own scorer",
+                    )
+                for name in compared:
+                    reward.check(name, row)
+                if row.is_answered and tokens is data.train and len(items) < SCORED_ROWS:
+                    items.append(RewardedAnswer(row.reference, row.raw_reference, row))
         values = reward.of(items).tolist()
     if not items:
         return None

@@ -6,7 +6,6 @@ The answers of a step are sampled with the weights before the step, and used for
 prompt is in a packed row only once for all its answers.
 """
 
-import hashlib
 import json
 import logging
 import time
@@ -16,12 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tunesmith.checkpoint.manifest import list_checkpoints
 from tunesmith.data.batches.loader import GlobalBatch, Loader
-from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.errors import RunError, UsageError
@@ -32,16 +28,16 @@ from tunesmith.inference.sampler import Prompt, SampledIds, sample
 from tunesmith.methods.grpo import answer_weights
 from tunesmith.model.slots import answers_at_once
 from tunesmith.parallel.shard import unsharded
-from tunesmith.run_dir import ROLLOUTS
+from tunesmith.run_dir import ROLLOUTS, rollout_files
 from tunesmith.scoring.reward import Reward, RewardedAnswer
 from tunesmith.scoring.rows import make_scored_row
-from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.training.session import Session
 
 log = logging.getLogger(__name__)
 
 # Number of steps without a group of different rewards, after which a warning is logged.
 STEPS_WITHOUT_VARIANCE = 20
+KEPT_FILES = 20  # number of newest steps whose answers are kept in files
 
 
 @dataclass
@@ -116,29 +112,43 @@ class RewardedSampling:
             return None
         rewarded: dict[int, list[Rollout]] = {}
         with session.ranks.raise_on_all_ranks():
-            rewarded = self._reward(tokens, indices, mine)
+            rewarded = self._reward(tokens, indices, mine, stops)
+        if cancelled():
+            return None
         groups: dict[int, list[Rollout]] = {}
         for of_rank in session.ranks.all_gather_object(rewarded):
             groups |= of_rank
         return [groups[n] for n in range(len(indices))]
 
     def _reward(
-        self, tokens: TokenSet, indices: Sequence[int], groups: dict[int, list[SampledIds]]
+        self,
+        tokens: TokenSet,
+        indices: Sequence[int],
+        groups: dict[int, list[SampledIds]],
+        cancelled: Callable[[], bool],
     ) -> dict[int, list[Rollout]]:
         """Reward answers. Raise RunError if a scorer fails often."""
+        data = self.session.data
         tokenizer = self.session.files.tokenizer
         items = []
         for n, group in groups.items():
-            row = self._scored_row(tokens, indices[n])
+            i = indices[n]
+            sample = tokens.sample(i, self.session.run.data.system)
+            row = make_scored_row(data.template, sample, tokens.row(i), tokens.where(i))
             for answer in group:
                 ids = answer.ids[:-1] if answer.finished else answer.ids
                 raw = decode(tokenizer, ids, with_special=True)
                 items.append(RewardedAnswer(decode(tokenizer, ids), raw, row))
         try:
-            rewards = self.reward.of(items).tolist()
+            rewards = self.reward.of(items, cancelled).tolist()
         except (RunError, UsageError) as error:
-            fix = error.fix.partition(", then")[0] + ", then add checkpoint.resume=force"
-            raise RunError(error.what, where=error.where, why=error.why, fix=fix) from None
+            raise RunError(
+                error.what,
+                where=error.where.replace("--score", "method.reward"),
+                why=error.why,
+                fix=f"{error.fix.partition(', then')[0]}; to resume with a changed file, add "
+                "checkpoint.resume=force",
+            ) from None
         rewarded = iter(zip(rewards, items, strict=True))
         rollouts: dict[int, list[Rollout]] = {n: [] for n in groups}
         for n, group in groups.items():
@@ -146,15 +156,6 @@ class RewardedSampling:
                 reward, item = next(rewarded)
                 rollouts[n].append(Rollout(answer, reward, item.text))
         return rollouts
-
-    def _scored_row(self, tokens: TokenSet, i: int) -> ScoredRow:
-        data = self.session.data
-        where = tokens.where(i)
-        row = tokens.row(i)
-        scored = make_scored_row(
-            data.template, tokens.sample(i, self.session.run.data.system), row, where
-        )
-        return scored or ScoredRow("", "", row, where)
 
 
 class Rollouts(AbstractContextManager["Rollouts"]):
@@ -170,7 +171,6 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         self.session = session
         self.loader = loader
         self.stop = stop
-        self.folder = Path(session.run.output_dir) / ROLLOUTS
         self.without_variance = 0
 
     def __exit__(self, *exc: object) -> None:
@@ -190,46 +190,33 @@ class Rollouts(AbstractContextManager["Rollouts"]):
     def _batch(self, step: int, began: float) -> GlobalBatch | None:
         """Return the batch of a step, or None if the sampling was cancelled."""
         session = self.session
-        schedule: BatchSchedule = session.data.schedule
-        indices = schedule.examples(step)
-        file = None
-        groups: list[list[Rollout]] | None = None
-        # Only rank 0 reads the file, because other nodes may not have it.
-        with session.ranks.raise_on_all_ranks():
-            if session.ranks.is_main_process:
-                path = self.folder / f"step-{step + 1}.safetensors"
-                file = RolloutFile(path, trained_digest(session))
-                groups = file.read(session.run.method.group)
-        groups = session.ranks.broadcast_object(groups)
-        if groups is None:
-            groups = self._sample(indices, step)
-            if groups is None:
-                return None
-            with session.ranks.raise_on_all_ranks():
-                if file is not None:
-                    file.write(groups, self._prompts(indices))
-                    self._remove_old_files()
-        return self._make_batch(step, indices, groups, time.perf_counter() - began)
-
-    def _prompts(self, indices: list[int]) -> list[tuple[str, str]]:
-        """Return the text of each prompt, and the file and line of its row."""
-        tokenizer = self.session.files.tokenizer
-        tokens = self.session.data.train
-        return [(decode(tokenizer, prompt_of(tokens[i], i).ids), tokens.where(i)) for i in indices]
-
-    def _sample(self, indices: list[int], step: int) -> list[list[Rollout]] | None:
-        run = self.session.run
-        decoding = Decoding(
-            run.method.answer_tokens, temperature=run.method.temperature, seed=run.train.seed
-        )
-        return self.session.sampling.sample(
-            self.session.data.train,
+        run = session.run
+        indices = session.data.schedule.examples(step)
+        groups = session.sampling.sample(
+            session.data.train,
             indices,
-            decoding,
+            Decoding(
+                run.method.answer_tokens, temperature=run.method.temperature, seed=run.train.seed
+            ),
             answers=run.method.group,
             step=step,
             cancelled=self.stop,
         )
+        if groups is None:
+            return None
+        with session.ranks.raise_on_all_ranks():
+            if session.ranks.is_main_process:
+                tokens = session.data.train
+                tokenizer = session.files.tokenizer
+                prompts = [
+                    (decode(tokenizer, prompt_of(tokens[i], i).ids), tokens.where(i))
+                    for i in indices
+                ]
+                path = Path(run.output_dir) / ROLLOUTS / f"step-{step + 1}.safetensors"
+                write_rollouts(path, groups, prompts)
+                for old in list(rollout_files(path.parent).values())[:-KEPT_FILES]:
+                    old.unlink(missing_ok=True)
+        return self._make_batch(step, indices, groups, time.perf_counter() - began)
 
     def _make_batch(
         self, step: int, indices: list[int], groups: list[list[Rollout]], seconds: float
@@ -245,13 +232,16 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         # A group of equal rewards has no gradient, unless there is a KL penalty.
         computed = has_variance | (run.method.beta > 0)
         if not computed.any():
-            computed[0] = True  # an update needs a batch
+            # The optimizer needs a micro batch, so compute the first group. Its weights are 0.
+            computed[0] = True
         examples: list[Example] = []
+        prompt_tokens = 0
         for i, group, group_weights, is_computed in zip(
             indices, groups, weights, computed, strict=True
         ):
+            prompt = prompt_of(session.data.train[i], i)
+            prompt_tokens += len(prompt.ids)
             if is_computed:
-                prompt = prompt_of(session.data.train[i], i)
                 answers = [each.answer for each in group]
                 examples += self._examples(prompt, answers, group_weights.tolist())
         micro = [batch for _, batch in self.loader.layout.batches(examples, self._max_tokens())]
@@ -259,7 +249,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
             step=step,
             epoch=session.data.schedule.epoch(step),
             micro=[batch.to(session.device) for batch in micro],
-            tokens=sum(len(example.ids) for example in examples),
+            tokens=prompt_tokens * run.method.group + int(lengths.sum()),
             supervised=int(lengths.sum()),
             examples=len(indices),
             indices=indices,
@@ -268,7 +258,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
             chosen_tokens=0,
             mismatched=[],
             source=session.data.train,
-            data_seconds=seconds,
+            data_seconds=0.0,
             extra={
                 "reward": float(rewards.mean()),
                 "answer_length": float(lengths.mean()),
@@ -322,91 +312,29 @@ class Rollouts(AbstractContextManager["Rollouts"]):
                 "with more than two values"
             )
 
-    def _remove_old_files(self) -> None:
-        """Remove the files of steps that no kept checkpoint can repeat."""
-        oldest = min(list_checkpoints(self.folder.parent), default=0)
-        for path in self.folder.glob("step-*.safetensors"):
-            if int(path.stem.removeprefix("step-")) <= oldest:
-                path.unlink(missing_ok=True)
 
-
-class RolloutFile:
-    """The sampled answers of one step: token ids, log-probabilities and rewards. The texts of the
-    prompts and answers are in the metadata, for readers without a tokenizer.
-
-    A resumed run reads the file if the trained weights are those that drew the answers.
+def write_rollouts(
+    path: Path, groups: Sequence[Sequence[Rollout]], prompts: Sequence[tuple[str, str]]
+) -> None:
+    """Write the sampled answers of one step: token ids, log-probabilities, rewards, and texts.
 
     Args:
-        weights: digest of the trained weights; "" if it is not known.
+        prompts: the text of each group's prompt, and the file and line of its row.
     """
-
-    def __init__(self, path: Path, weights: str) -> None:
-        self.path = path
-        self.weights = weights
-
-    def write(
-        self, groups: Sequence[Sequence[Rollout]], prompts: Sequence[tuple[str, str]]
-    ) -> None:
-        """Write the groups.
-
-        Args:
-            prompts: the text of each group's prompt, and the file and line of its row.
-        """
-        answers = [each for group in groups for each in group]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        save_file(
-            {
-                "ids": np.concatenate([np.array(a.answer.ids, np.int32) for a in answers]),
-                "logprobs": np.concatenate([np.array(a.answer.logprobs) for a in answers]),
-                "lengths": np.array([len(a.answer.ids) for a in answers], np.int32),
-                "finished": np.array([a.answer.finished for a in answers]),
-                "rewards": np.array([a.reward for a in answers]),
-            },
-            partial,
-            metadata={
-                "weights": self.weights,
-                "prompts": json.dumps(prompts),
-                "answers": json.dumps([a.text for a in answers]),
-            },
-        )
-        partial.replace(self.path)
-
-    def read(self, group: int) -> list[list[Rollout]] | None:
-        """Return the groups of answers. Return None if there is no file of the same weights."""
-        if not self.weights or not self.path.is_file():
-            return None
-        try:
-            with safe_open(self.path, "numpy") as file:
-                if (file.metadata() or {}).get("weights") != self.weights:
-                    return None
-                names = ("ids", "logprobs", "lengths", "finished", "rewards")
-                arrays = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError):
-            return None
-        edges = np.cumsum(arrays["lengths"])[:-1]
-        answers = []
-        for ids, logprobs, finished, reward in zip(
-            np.split(arrays["ids"], edges),
-            np.split(arrays["logprobs"], edges),
-            arrays["finished"].tolist(),
-            arrays["rewards"].tolist(),
-            strict=True,
-        ):
-            answer = SampledIds(ids.tolist(), logprobs.tolist(), finished)
-            answers.append(Rollout(answer, reward))
-        return [answers[n : n + group] for n in range(0, len(answers), group)]
-
-
-def trained_digest(session: Session) -> str:
-    """Return the SHA-256 of an adapter's weights.
-
-    Return "" in full fine-tuning, because hashing all weights in each step would take long.
-    """
-    if session.run.adapter.kind == "none":
-        return ""
-    digest = hashlib.sha256()
-    for name, parameter in session.model.trained_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    answers = [each for group in groups for each in group]
+    texts = {"prompts": prompts, "answers": [a.text for a in answers]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(
+        {
+            "ids": np.concatenate([np.array(a.answer.ids, np.int32) for a in answers]),
+            "logprobs": np.concatenate([np.array(a.answer.logprobs) for a in answers]),
+            "lengths": np.array([len(a.answer.ids) for a in answers], np.int32),
+            "finished": np.array([a.answer.finished for a in answers]),
+            "rewards": np.array([a.reward for a in answers]),
+            # The header of the file, which has at most 100 MB, is too small for the texts.
+            "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
+        },
+        partial,
+    )
+    partial.replace(path)

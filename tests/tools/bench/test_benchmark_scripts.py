@@ -66,7 +66,7 @@ def test_a_resumed_run_is_compared_step_by_step_and_file_by_file(tmp_path: Path)
     assert (same["steps"], same["unequal_steps"], same["unequal_weight_files"]) == (2, [], [])
     assert other["unequal_steps"] == [2]
     assert other["largest_relative_difference_of_loss"] == pytest.approx(0.25)
-    assert other["unequal_weight_files"] == ["adapter_model.safetensors"]
+    assert other["unequal_weight_files"] == ["final/adapter_model.safetensors"]
 
 
 def test_measured_figures_take_the_place_of_assumed_ones() -> None:

@@ -119,13 +119,13 @@ class RowPrompt(NamedTuple):
     Attributes:
         ids: token ids up to the start of the answer, including the run's system message.
         where: file and line of the row.
-        scored: the row and its answer, for scorers; None if the answer is missing or empty.
+        scored: the row and its answer, for scorers.
         pictures: the pictures of the prompt.
     """
 
     ids: list[int]
     where: str
-    scored: ScoredRow | None = None
+    scored: ScoredRow
     pictures: tuple[Picture, ...] = ()
 
 
@@ -135,20 +135,20 @@ class AnsweredRow(NamedTuple):
     Attributes:
         number: index of the row.
         row: the row as it is in the file.
-        scored: the row and its answer, for scorers; None if the row has no answer.
+        scored: the row and its answer, for scorers.
         outputs: the texts of the model's answers.
         finished: whether each answer ended with a stop token.
     """
 
     number: int
     row: dict[str, Any]
-    scored: ScoredRow | None
+    scored: ScoredRow
     outputs: list[str]
     finished: list[bool]
 
     def with_output(self) -> Iterator[dict[str, Any]]:
         """Yield a copy of the row for each answer, with the keys `output` and `reference`."""
-        reference = {} if self.scored is None else {"reference": self.scored.reference}
+        reference = {"reference": self.scored.reference} if self.scored.is_answered else {}
         for output in self.outputs:
             yield {**self.row, "output": output, **reference}
 
@@ -198,7 +198,7 @@ def answer_rows(
         for i, group in answers:
             scored = prompts[i].scored
             outputs = [answer.text for answer in group]
-            if scored is not None and scored.is_special:
+            if scored.is_special:
                 outputs = [decode(loaded.tokenizer, a.ids, with_special=True) for a in group]
             yield AnsweredRow(i, rows[i], scored, outputs, [answer.finished for answer in group])
 
@@ -403,7 +403,9 @@ def make_prompt(
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     prompt_ids = list(template.prompt(sample, where=where))
     pictures = pictures_of(sample)
-    scored = make_scored_row(template, sample, row, where) if is_answered else None
+    scored = ScoredRow("", "", row, where)
+    if is_answered:
+        scored = make_scored_row(template, sample, row, where)
     return RowPrompt(prompt_ids, where, scored, pictures)
 
 

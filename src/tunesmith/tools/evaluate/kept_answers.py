@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from tunesmith.config.schema import Source
 from tunesmith.data.source.open_source import Rows
 from tunesmith.errors import DataError, UsageError
-from tunesmith.scoring.process import ScorerPool, ScorerProcess
-from tunesmith.scoring.scorers import SCORERS, ScoredRow
+from tunesmith.scoring.process import ScorerPool
+from tunesmith.scoring.scorers import SCORERS
 from tunesmith.tools.evaluate.generate import AnsweredRow, RowPrompt, row_with_answer
 from tunesmith.units import count_of
 
@@ -90,18 +90,16 @@ class KeptAnswers:
 
     def check(self, prompts: Sequence[RowPrompt]) -> None:
         """Raise DataError if the scorer cannot score a row."""
-        with ScorerProcess([self.scorer]) as process:
-            for prompt in prompts:
-                if prompt.scored is not None:
-                    process.check(self.scorer, prompt.scored)
-                elif self.scorer in SCORERS:
-                    raise DataError(
-                        f"the scorer {self.scorer} cannot score the row",
-                        where=prompt.where,
-                        why="the row has no answer to compare with",
-                        fix="add the answers to the rows, or use your own scorer: "
-                        "--score my_scorer.py:function",
-                    )
+        for prompt in prompts:
+            if self.scorer in SCORERS and not prompt.scored.is_answered:
+                raise DataError(
+                    f"the scorer {self.scorer} cannot score the row",
+                    where=prompt.where,
+                    why="the row has no answer to compare with",
+                    fix="add the answers to the rows, or use your own scorer: "
+                    "--score my_scorer.py:function",
+                )
+            self.pool.check(self.scorer, prompt.scored)
 
     def select(self, answered: AnsweredRow) -> Iterator[dict[str, Any]]:
         """Yield the rows to write for the answers to one row. Equal answers are kept once.
@@ -109,8 +107,8 @@ class KeptAnswers:
         Raise RunError if the scorer fails for several answers.
         """
         where = self.rows.where(answered.number)
-        scored = answered.scored or ScoredRow("", "", answered.row, where)
-        scores = self.pool.scores(self.scorer, [(text, scored) for text in answered.outputs])
+        items = [(text, answered.scored) for text in answered.outputs]
+        scores = self.pool.scores(self.scorer, items)
         self.sampled += len(scores)
         self.finished += sum(answered.finished)
         seen = set()

@@ -33,7 +33,7 @@ from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.scoring.process import ScorerProcess
 from tunesmith.scoring.rows import read_call_form
-from tunesmith.scoring.scorers import TOOL_CALL, ScoredRow
+from tunesmith.scoring.scorers import SCORERS, TOOL_CALL, ScoredRow
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import (
     RowPrompt,
@@ -154,7 +154,8 @@ class Scoring:
         for (source, rows), part in zip(parts, tokens.parts, strict=True):
             for i in dict.fromkeys(part.arrays.rows.tolist()):
                 prompt = make_prompt(rows[i], rows.where(i), loaded, source)
-                if prompt.scored is None:
+                is_compared = any(scorer in SCORERS for scorer in self.scorers)
+                if is_compared and not prompt.scored.is_answered:
                     self.unanswered += 1
                     continue
                 self.prompts.append(prompt)

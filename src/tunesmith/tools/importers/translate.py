@@ -66,6 +66,9 @@ def translate(
         _set_trl_rows(recipe)
         if recipe.method == "grpo":
             set_rewards(recipe, path.absolute().with_name(f"{path.stem}-rewards.py"))
+            if recipe.values.get("adapter.dropout"):
+                why = "Answers are sampled without dropout, so tunesmith trains without dropout."
+                recipe.set_key("adapter.dropout", 0.0, "adapter.dropout", why=why)
     else:
         _set_rows(recipe, "train")
         _set_rows(recipe, "validation")
