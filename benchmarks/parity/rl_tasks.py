@@ -1,9 +1,11 @@
-"""Does reinforcement learning work: two tasks on the demo model, exact match on held-out rows.
+"""Does reinforcement learning work: three tasks on the demo model, exact match on held-out rows.
 
     python benchmarks/parity/rl_tasks.py --json docs/measurements/rl-tasks.json [--task sum] [key=value ...]
 
 Each task trains with `method: grpo` and then runs `tunesmith eval --score exact` on rows that were
-held out, for the base and for the tuned model. The report has the reward of each step.
+held out, for the base and for the tuned model. The report has the reward of each step. The base
+model is hardly ever right. It learns because the rewards in rl_rewards.py give a part of the points
+for an answer that is nearly right.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import rl_rewards
 
 import tunesmith
 from tunesmith.config.load import from_mapping
@@ -22,33 +27,35 @@ from tunesmith.host.demo_model import demo_model
 from tunesmith.metrics.hardware import describe_machine
 from tunesmith.training.run import train
 
-REWARDS = '''
-import json
+WORDS = (
+    "amber birch cedar delta ember fjord grove heron inlet juniper kelp lotus maple nectar olive pine"
+).split()
+ANIMALS = (
+    "bear cat cow deer dog duck fox frog goat horse lion monkey mouse pig rabbit sheep snake tiger whale wolf"
+).split()
+THINGS = (
+    "bell bottle book bridge car chair clock cup door hammer key lamp phone ring shirt shoe spoon table train wheel"
+).split()
+HELD_OUT = 64
 
 
-def words(answer, row):
-    """The share of the words that are in their right place."""
-    found, expected = answer.split(), row["reference"].split()
-    right = sum(a == b for a, b in zip(found, expected))
-    return right / max(len(found), len(expected))
+class Task(NamedTuple):
+    """A task with one right answer to each prompt.
 
+    Attributes:
+        prompts: function that returns pairs of a prompt and its answer.
+        reward: function of `rl_rewards`.
+        answer_tokens: maximum number of tokens of an answer.
+    """
 
-def total(answer, row):
-    """0.2 for a JSON object with a whole number `sum`, and 1 for the right one."""
-    try:
-        value = json.loads(answer)
-    except ValueError:
-        return 0.0
-    if not isinstance(value, dict) or [*value] != ["sum"] or not isinstance(value["sum"], int):
-        return 0.0
-    return 1.0 if value["sum"] == json.loads(row["reference"])["sum"] else 0.2
-'''
-WORDS = "amber birch cedar delta ember fjord grove heron inlet juniper kelp lotus".split()
+    prompts: Callable[[], list[tuple[str, str]]]
+    reward: str
+    answer_tokens: int
 
 
 def sums() -> list[tuple[str, str]]:
-    pairs = [(a, b) for a in range(10) for b in range(10)]
     ask = 'Reply with JSON such as {{"sum": 3}}. {} + {} = ?'
+    pairs = [(a, b) for a in range(12) for b in range(12)]
     return [(ask.format(a, b), json.dumps({"sum": a + b})) for a, b in pairs]
 
 
@@ -57,34 +64,60 @@ def reversed_words() -> list[tuple[str, str]]:
     return [(f"Write these two words in reverse order: {a} {b}", f"{b} {a}") for a, b in pairs]
 
 
+def odd_words() -> list[tuple[str, str]]:
+    draws = random.Random(0)
+    ask = "Which of these is a thing and not an animal? Reply with the word only: {}"
+    rows = {}
+    for thing in THINGS * 10:
+        words = [*draws.sample(ANIMALS, 2), thing]
+        draws.shuffle(words)
+        rows[ask.format(", ".join(words))] = thing
+    return list(rows.items())
+
+
 TASKS = {
-    "sum": (sums, "rewards.py:total", 16),
-    "reversed words": (reversed_words, "rewards.py:words", 16),
+    "sum": Task(sums, "total", 16),
+    "reversed words": Task(reversed_words, "words", 12),
+    "odd word": Task(odd_words, "choice", 12),
 }
 
 
-def run_task(name: str, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    make_rows, reward, answer_tokens = TASKS[name]
-    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in make_rows()]
+def rows_of(task: Task) -> list[dict[str, str]]:
+    """Return the rows of a task in a fixed random order."""
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in task.prompts()]
     random.Random(0).shuffle(rows)
-    (folder / "rewards.py").write_text(REWARDS)
-    for file, part in (("train", rows[:-32]), ("held", rows[-32:])):
-        lines = [json.dumps(row) + "\n" for row in part]
-        (folder / f"{file}.jsonl").write_text("".join(lines))
+    return rows
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Write rows to a file, and return its entry in a recipe."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"source": str(file), "format": "prompt-completion"}
+
+
+def method_of(task: Task) -> dict[str, Any]:
+    """Return the section `method` of a recipe."""
+    reward = f"{Path(rl_rewards.__file__).resolve()}:{task.reward}"
+    return {"name": "grpo", "reward": reward, "group": 8, "answer_tokens": task.answer_tokens}
+
+
+def run_task(name: str, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    task = TASKS[name]
+    rows = rows_of(task)
     recipe = {
         "model": {"name": str(demo_model()), "dtype": "fp32"},
         "adapter": {"rank": 16, "alpha": 32},
-        "method": {"name": "grpo", "reward": reward, "group": 8, "answer_tokens": answer_tokens},
+        "method": method_of(task),
         "data": {
-            "train": {"source": "train.jsonl", "format": "prompt-completion"},
-            "validation": {"source": "held.jsonl", "format": "prompt-completion"},
+            "train": write_rows(folder / "train.jsonl", rows[:-HELD_OUT]),
+            "validation": write_rows(folder / "held.jsonl", rows[-HELD_OUT:]),
             "seq_len": 128,
         },
         "train": {
-            "duration": "40 steps", "global_batch": "8 examples", "learning_rate": 2e-4,
+            "duration": "40 steps", "global_batch": "8 examples", "learning_rate": 1e-3,
             "schedule": "constant", "warmup": "0 steps",
         },
-        "validate": {"every": "10 steps"},
+        "validate": {"every": "40 steps"},
         "checkpoint": {"every": None},
         "log": {"tensorboard": False, "samples": 0},
         "output_dir": str(folder / "run"),
@@ -95,7 +128,7 @@ def run_task(name: str, folder: Path, overrides: dict[str, Any]) -> dict[str, An
     began = time.monotonic()
     result = train(from_mapping(recipe, where=name, base=folder))
     seconds = time.monotonic() - began
-    scored = tunesmith.evaluate(folder / "run", scorers="exact", max_new_tokens=answer_tokens)
+    scored = tunesmith.evaluate(folder / "run", scorers="exact", max_new_tokens=task.answer_tokens)
     (exact,) = scored.by_scorer
     return {
         "task": name,

@@ -1,0 +1,38 @@
+"""Rewards of the tasks in rl_tasks.py. `method.reward` names this file and one of its functions."""
+
+from __future__ import annotations
+
+import json
+from string import punctuation
+from typing import Any
+
+
+def total(answer: str, row: dict[str, Any]) -> float:
+    """Return 1 for the right sum, and 0.2 for any other JSON object with a whole number `sum`."""
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        return 0.0
+    if not isinstance(value, dict) or [*value] != ["sum"] or not isinstance(value["sum"], int):
+        return 0.0
+    return 1.0 if value["sum"] == json.loads(row["reference"])["sum"] else 0.2
+
+
+def words(answer: str, row: dict[str, Any]) -> float:
+    """Return the share of words in their place. With capitals or punctuation a word counts half."""
+    found, expected = answer.split(), row["reference"].split()
+    right = 0.0
+    for a, b in zip(found, expected, strict=False):
+        if a == b:
+            right += 1
+        elif a.strip(punctuation).lower() == b:
+            right += 0.5
+    return right / max(len(found), len(expected))
+
+
+def choice(answer: str, row: dict[str, Any]) -> float:
+    """Return 1 for the right word alone, and up to 0.5 for the right word among other words."""
+    if answer == row["reference"]:
+        return 1.0
+    found = [word.strip(punctuation).lower() for word in answer.split()]
+    return 0.5 / len(found) if found.count(row["reference"]) == 1 else 0.0
