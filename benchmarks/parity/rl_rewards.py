@@ -31,8 +31,13 @@ def words(answer: str, row: dict[str, Any]) -> float:
 
 
 def choice(answer: str, row: dict[str, Any]) -> float:
-    """Return 1 for the right word alone, and up to 0.5 for the right word among other words."""
+    """Return 1 for the right word alone.
+
+    Otherwise return up to 0.5 for a short answer with the right word, and 0.1 for another word.
+    """
     if answer == row["reference"]:
         return 1.0
     found = [word.strip(punctuation).lower() for word in answer.split()]
-    return 0.5 / len(found) if found.count(row["reference"]) == 1 else 0.0
+    if found.count(row["reference"]) == 1 and len(found) <= 4:
+        return 0.5 / len(found)
+    return 0.1 if len(found) == 1 else 0.0
