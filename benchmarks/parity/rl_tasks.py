@@ -36,7 +36,7 @@ ANIMALS = (
 THINGS = (
     "bell bottle book bridge car chair clock cup door hammer key lamp phone ring shirt shoe spoon table train wheel"
 ).split()
-HELD_OUT = 64
+HELD_OUT = 48
 
 
 class Task(NamedTuple):
@@ -46,16 +46,19 @@ class Task(NamedTuple):
         prompts: function that returns pairs of a prompt and its answer.
         reward: function of `rl_rewards`.
         answer_tokens: maximum number of tokens of an answer.
+        learning_rate: the learning rate with which the task was tried.
     """
 
     prompts: Callable[[], list[tuple[str, str]]]
     reward: str
     answer_tokens: int
+    learning_rate: float
 
 
 def sums() -> list[tuple[str, str]]:
-    ask = 'Reply with JSON such as {{"sum": 3}}. {} + {} = ?'
-    pairs = [(a, b) for a in range(12) for b in range(12)]
+    # With an example such as {"sum": 3}, the base model copies the 3, and never finds another sum.
+    ask = '{} + {} = ? Reply as JSON: {{"sum": number}}'
+    pairs = [(a, b) for a in range(10) for b in range(10)]
     return [(ask.format(a, b), json.dumps({"sum": a + b})) for a, b in pairs]
 
 
@@ -76,9 +79,9 @@ def odd_words() -> list[tuple[str, str]]:
 
 
 TASKS = {
-    "sum": Task(sums, "total", 16),
-    "reversed words": Task(reversed_words, "words", 12),
-    "odd word": Task(odd_words, "choice", 12),
+    "sum": Task(sums, "total", 16, 3e-4),
+    "reversed words": Task(reversed_words, "words", 12, 1e-3),
+    "odd word": Task(odd_words, "choice", 12, 1e-3),
 }
 
 
@@ -114,8 +117,8 @@ def run_task(name: str, folder: Path, overrides: dict[str, Any]) -> dict[str, An
             "seq_len": 128,
         },
         "train": {
-            "duration": "40 steps", "global_batch": "8 examples", "learning_rate": 1e-3,
-            "schedule": "constant", "warmup": "0 steps",
+            "duration": "40 steps", "global_batch": "8 examples",
+            "learning_rate": task.learning_rate, "schedule": "constant", "warmup": "0 steps",
         },
         "validate": {"every": "40 steps"},
         "checkpoint": {"every": None},

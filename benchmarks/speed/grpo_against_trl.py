@@ -223,7 +223,7 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=8, help="number of prompts of a step")
     p.add_argument("--group", type=int, default=8, help="number of answers to a prompt")
     p.add_argument("--answer-tokens", type=int, default=TASK.answer_tokens)
-    p.add_argument("--learning-rate", type=float, default=1e-3)
+    p.add_argument("--learning-rate", type=float, default=TASK.learning_rate)
     p.add_argument("--steps", type=int, default=40)
     p.add_argument("--skip", type=int, default=1, help="number of first steps that are not timed")
     p.add_argument("--rounds", type=int, default=1)
