@@ -88,10 +88,13 @@ def run_batches(
 
 def written_out(
     model: TrainModel, method: MethodConfig, answers: list[list[SampledIds]]
-) -> tuple[float, Tensor]:
-    """Each answer by itself, through Transformers' forward, and the loss as its paper has it."""
+) -> tuple[float, Tensor, dict[str, float]]:
+    """Each answer by itself, through Transformers' forward, and the loss as its paper has it. The
+    numbers are the KL divergences per token from the sampler and from the base.
+    """
     model.zero_grad()
     per_answer = []
+    divergences = {"kl_sampler": 0.0, "kl_base": 0.0}
     model.use_attention("generate")
     for prompt, group in zip(PROMPTS, answers, strict=True):
         for answer in group:
@@ -108,6 +111,9 @@ def written_out(
             # Schulman's k3, and the ratio of p to itself.
             kl = (base - logp).exp() - (base - logp) - 1
             per_answer.append(((logp - logp.detach()).exp(), kl))
+            apart = logp.detach() - torch.tensor(answer.logprobs, dtype=torch.float32)
+            divergences["kl_sampler"] += float((apart.exp() - apart - 1).sum() / LENGTHS.sum())
+            divergences["kl_base"] += float(kl.detach().sum() / LENGTHS.sum())
     model.use_attention("training")
     rewards = torch.tensor(REWARDS)
     means = rewards.mean(1, keepdim=True)
@@ -131,7 +137,7 @@ def written_out(
         }[method.variant]
         total = total - objective * share + method.beta * kl.sum() / tokens
     total.backward()
-    return float(total), gradients(model)
+    return float(total), gradients(model), divergences
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -140,13 +146,15 @@ def test_losses_and_gradients_are_those_of_the_formulas(
 ) -> None:
     """Packed or not, prompts shared or apart, groups whole or cut: 1e-12 and 1e-10 in float64."""
     method = config(variant=variant, beta=0.05 if variant == "dapo" else 0.0)
-    loss, gradient = written_out(model, method, answers)
+    loss, gradient, divergences = written_out(model, method, answers)
     weights = answer_weights(REWARDS, LENGTHS, method)
     for packed, cut, size in ((True, 1000, 1000), (True, 20, 40), (True, 1, 30), (False, 0, 60)):
         examples = examples_of(answers, weights, cut, packed=packed)
-        found, ours, _ = run_batches(model, method, examples, packed=packed, size=size)
+        found, ours, metrics = run_batches(model, method, examples, packed=packed, size=size)
         assert found == pytest.approx(loss, abs=1e-12)
         assert float((ours - gradient).abs().max()) < 1e-10
+        for name in ("kl_sampler", *(["kl_base"] if method.beta else [])):
+            assert metrics[name] == pytest.approx(divergences[name], rel=1e-6)
 
 
 def test_a_group_is_cut_where_it_does_not_fit(answers: list[list[SampledIds]]) -> None:
@@ -174,8 +182,8 @@ def test_a_sampler_that_differs_from_the_trainer_is_a_fault() -> None:
 def test_temperature_and_metrics(model: TrainModel, answers: list[list[SampledIds]]) -> None:
     method = config(temperature=0.7)
     weights = answer_weights(REWARDS, LENGTHS, method)
-    _, gradient = written_out(model, method, answers)
-    # Half of the groups are computed; metrics are means over their tokens.
+    _, gradient, _ = written_out(model, method, answers)
+    # One of three groups is computed; metrics are means over its tokens.
     examples = examples_of(answers, weights, 1000)
     _, ours, metrics = run_batches(model, method, examples, packed=True, size=1000)
     assert float((ours - gradient).abs().max()) < 1e-10

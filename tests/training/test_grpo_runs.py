@@ -139,6 +139,8 @@ def test_rows_without_an_answer_are_scored_by_their_columns(
         letter = rows[int(place.rpartition(":")[2]) - 1]["letter"]
         assert f"Say {letter}" in prompt
         assert [reward for reward, _ in answers] == [float(letter in text) for _, text in answers]
+    scores = command("eval", "run", "--data", "train.jsonl", "--score", "r.py:own", "--json")
+    assert json.loads(scores)["scores"]
     command("report", "run")
     best = max(answers[0][0] for _, _, answers in groups)
     assert f"step 4, reward {best:.2f}" in Path("report.html").read_text()
