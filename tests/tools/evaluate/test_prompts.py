@@ -88,7 +88,7 @@ def prompt_of(loaded: LoadedModel, row: dict[str, Any]) -> generate.Prompt:
 
 def scored_of(loaded: LoadedModel, row: dict[str, Any]) -> ScoredRow:
     prompt = prompt_of(loaded, row)
-    assert prompt.scored is not None
+    assert prompt.scored.is_answered
     return prompt.scored
 
 
@@ -141,7 +141,7 @@ def test_one_prompt_in_training_and_use(
         for asked, answer in ((values, SAID), (unanswered, None)):
             prompt = prompt_of(used, asked)
             assert prompt.ids == trained
-            assert (prompt.scored.reference if prompt.scored else None) == answer
+            assert (prompt.scored.reference if prompt.scored.is_answered else None) == answer
         (scored,) = _eval_tokens([(source, from_list([values]))], used, "held-out")
         assert scored.ids.tolist() == example.ids.tolist()
         assert scored.trained.tolist() == example.trained.tolist()
@@ -209,7 +209,7 @@ def test_a_reference_of_special_tokens_alone_keeps_them(loaded: LoadedModel) -> 
     found = scored_of(loaded, {"prompt": "a", "completion": "<|pad|> b"})
     assert (found.reference, found.raw_reference, found.is_special) == (" b", "<|pad|> b", False)
     for row in ({"prompt": "a", "completion": " \n"}, {"messages": TURNS[:1]}):
-        assert prompt_of(loaded, row).scored is None, "an empty answer is no reference"
+        assert not prompt_of(loaded, row).scored.is_answered, "an empty answer is no reference"
 
 
 def test_a_reference_has_composed_letters_where_the_tokenizer_makes_them(
