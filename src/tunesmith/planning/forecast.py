@@ -197,7 +197,14 @@ class Planner:
         run = self.run
         work = self.work
         estimator = MemoryEstimator(
-            run, self.spec, self.machine, self.trained, mesh, work.probabilities, work.whole
+            run,
+            self.spec,
+            self.machine,
+            self.trained,
+            mesh,
+            probabilities=work.probabilities,
+            whole=work.whole,
+            longest=work.longest,
         )
         plan = resolve.resolve_plan(estimator, self.cluster, work, self.previous_micro_batch)
         find = partial(savings.find_savings, run, plan, self.machine, self._plan_changed)

@@ -8,6 +8,7 @@ A recomputed layer saves only its input. For example, for an 8B LoRA run with 16
 estimate is 68 GiB; 69 GiB were measured on an H200.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -61,6 +62,7 @@ class MemoryEstimator:
             (`documents.count_saved_probabilities`).
         whole: tokens in attention per computed token (`Workload.whole`). More than 1 if sequences
             share their prompt.
+        longest: tokens of the longest prompt with a sampled answer. `data.seq_len` is the maximum.
     """
 
     run: Run
@@ -70,6 +72,7 @@ class MemoryEstimator:
     mesh: MeshShape = ONE
     probabilities: float = 0.0
     whole: float = 1.0
+    longest: int = sys.maxsize
 
     def estimate(self, tokens: int) -> MemoryEstimate:
         """Estimate the memory of a micro batch of `tokens` tokens, including padding.
@@ -162,13 +165,13 @@ class MemoryEstimator:
         # A validation samples ANSWERS_AT_ONCE answers, one to each prompt.
         answers = max(answers_at_once(self.run.method.group), ANSWERS_AT_ONCE)
         width = sum(layer.kv_heads * (layer.head_dim + layer.value_dim) for layer in spec.layers)
-        # A prompt and its answer have at most seq_len tokens.
-        slots = answers * self.run.data.seq_len * width * self.itemsize
+        room = min(self.longest, self.run.data.seq_len)
+        slots = answers * room * width * self.itemsize
         # Sharded weights are gathered once for all tokens.
         gathered = sum(self.weights(self.itemsize)) if self.sharded else 0
         logits = answers * spec.head_matmul // spec.hidden * LOGIT_BYTES
         # While prompts are computed, about three vectors of the widest layer exist for each token.
-        prompts = answers * max(1, self.run.data.seq_len - self.run.method.answer_tokens)
+        prompts = answers * max(1, room - self.run.method.answer_tokens)
         widest = 3 * max(layer.intermediate for layer in spec.layers)
         temporary = max(logits, prompts * widest * self.itemsize)
         return slots, fixed.weights + gathered + fixed.optimizer + slots + temporary

@@ -191,7 +191,7 @@ class Step:
         return StepTime(parts, math.ceil(batch_factor * self.tokens / micro_batches))
 
     def _rollout_seconds(self) -> float:
-        """Estimate the seconds to sample the answers of a step, from the memory traffic alone.
+        """Estimate the seconds to sample the answers of a step. Only memory traffic is counted.
 
         Each token of the answers reads all weights, and the keys and values of the slots.
         """

@@ -70,7 +70,7 @@ class Workload(NamedTuple):
 
 
 class _Sequences(NamedTuple):
-    """Numbers of tokens of the examples, or of one example that stands for all of them.
+    """Numbers of tokens of the examples. If the rows are unknown, one example represents all.
 
     Attributes:
         lengths: int64 [n], tokens of all sequences of each example.
