@@ -153,7 +153,8 @@ def test_rows_without_an_answer_are_scored_by_their_columns(
     memory = report["meshes"][0]["plan"]["memory"]
     model = LlamaConfig.from_pretrained(tiny)
     keys = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    assert memory["slots"] == 64 * 128 * keys * 4 < memory["rollouts"]
+    assert report["work"]["longest"] == 25 + 8
+    assert memory["slots"] == 64 * (25 + 8) * keys * 4 < memory["rollouts"]
 
 
 def test_records_and_files_hold_the_answers(
@@ -173,6 +174,21 @@ def test_records_and_files_hold_the_answers(
     assert record["groups_with_variance"] == (groups != groups[:, :1]).any(1).mean()
     text = (tmp_path / "run" / "env.json").read_text()
     assert len(json.loads(text)["reward_hash"]) == 64
+
+
+def test_data_has_the_rewards_of_the_own_answers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.py").write_text(REWARD)
+    Path("r.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False, **RL)))
+    own = json.loads(command("data", "r.yaml", "--json"))["own_rewards"]
+    lines = Path("train.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["completion"] for line in lines]
+    shares = [sum(letter in "abcde" for letter in answer) / len(answer) for answer in answers]
+    assert own["values"] == pytest.approx(shares)
+    zeros = [n for n, share in enumerate(shares, 1) if not share]
+    assert own["zeros"] == [f"{tmp_path / 'train.jsonl'}:{n}" for n in zeros]
 
 
 def test_a_damaged_file_of_answers_is_named(

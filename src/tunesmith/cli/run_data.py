@@ -41,15 +41,19 @@ def show_data(args: argparse.Namespace, recipe: Run, known: ModelFacts | None) -
     tokens = read_inputs(Request(recipe, purpose="show"), known=known)
     prepared = tokens.data
     tokenizer = tokens.model.tokenizer
+    own = own_rewards(prepared.run, prepared) if recipe.samples_answers else None
     if args.json:
-        print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
+        report = values(prepared, tokenizer, args.rows)
+        if own is not None:
+            report["own_rewards"] = own._asdict()
+        print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         # Print rows, counts, lengths, packing and the checks of the token contract.
         console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
         _print_rows(console, prepared.train, tokenizer, args.rows)
         show("\n".join(data_lines(prepared)), sys.stdout)
         if recipe.samples_answers:
-            show("\n".join(reward_lines(own_rewards(prepared.run, prepared))), sys.stdout)
+            show("\n".join(reward_lines(own)), sys.stdout)
     for contract in prepared.contracts:
         contract.raise_if_broken()
 

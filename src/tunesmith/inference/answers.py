@@ -7,7 +7,7 @@ same answers as one process.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,6 +94,13 @@ def answer_batch(
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     _check_embedded(model.model, tokenizer, max(max(prompt.ids) for prompt in prompts))
+    options: dict[str, Any] = {
+        "stops": stops,
+        "answers": answers,
+        "pad_id": pad_id,
+        "cancelled": cancelled,
+        "synced": synced,
+    }
     if model.takes_slots:
         streamer = _Streamer(tokenizer, write) if write else None
 
@@ -101,31 +108,12 @@ def answer_batch(
             if streamer is not None:
                 streamer.put(torch.tensor([token]))
 
-        sampled = sample(
-            model,
-            prompts,
-            decoding,
-            stops=stops,
-            answers=answers,
-            pad_id=pad_id,
-            cancelled=cancelled,
-            chosen=put,
-            synced=synced,
-        )
+        sampled = sample(model, prompts, decoding, chosen=put, **options)
         if streamer:
             streamer.end()
         return [cut_answer(tokenizer, each.ids, stops) for each in sampled]
-    written = _generate(
-        model,
-        prompts,
-        decoding,
-        stops=stops,
-        answers=answers,
-        pad_id=pad_id,
-        cancelled=cancelled,
-        streamer=_Streamer(tokenizer, write, skips_prompt=True) if write else None,
-        synced=synced,
-    )
+    streamer = _Streamer(tokenizer, write, skips_prompt=True) if write else None
+    written = _generate(model, prompts, decoding, streamer=streamer, **options)
     return [cut_answer(tokenizer, ids, stops) for ids in written]
 
 

@@ -46,7 +46,7 @@ class Rollout:
 
     answer: SampledIds
     reward: float
-    text: str = ""
+    text: str
 
 
 def prompt_of(example: Example, row: int) -> Prompt:
@@ -204,22 +204,22 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         )
         if groups is None:
             return None
+        tokens = session.data.train
+        prompts = [prompt_of(tokens[i], i) for i in indices]
         with session.ranks.raise_on_all_ranks():
             if session.ranks.is_main_process:
-                tokens = session.data.train
-                tokenizer = session.files.tokenizer
-                prompts = [
-                    (decode(tokenizer, prompt_of(tokens[i], i).ids), tokens.where(i))
-                    for i in indices
+                texts = [
+                    (decode(session.files.tokenizer, prompt.ids), tokens.where(prompt.row))
+                    for prompt in prompts
                 ]
                 path = Path(run.output_dir) / ROLLOUTS / f"step-{step + 1}.safetensors"
-                write_rollouts(path, groups, prompts)
+                write_rollouts(path, groups, texts)
                 for old in list(rollout_files(path.parent).values())[:-KEPT_FILES]:
                     old.unlink(missing_ok=True)
-        return self._make_batch(step, indices, groups, time.perf_counter() - began)
+        return self._make_batch(step, prompts, groups, time.perf_counter() - began)
 
     def _make_batch(
-        self, step: int, indices: list[int], groups: list[list[Rollout]], seconds: float
+        self, step: int, prompts: list[Prompt], groups: list[list[Rollout]], seconds: float
     ) -> GlobalBatch:
         session = self.session
         run = session.run
@@ -235,12 +235,9 @@ class Rollouts(AbstractContextManager["Rollouts"]):
             # The optimizer needs a micro batch, so compute the first group. Its weights are 0.
             computed[0] = True
         examples: list[Example] = []
-        prompt_tokens = 0
-        for i, group, group_weights, is_computed in zip(
-            indices, groups, weights, computed, strict=True
+        for prompt, group, group_weights, is_computed in zip(
+            prompts, groups, weights, computed, strict=True
         ):
-            prompt = prompt_of(session.data.train[i], i)
-            prompt_tokens += len(prompt.ids)
             if is_computed:
                 answers = [each.answer for each in group]
                 examples += self._examples(prompt, answers, group_weights.tolist())
@@ -249,10 +246,11 @@ class Rollouts(AbstractContextManager["Rollouts"]):
             step=step,
             epoch=session.data.schedule.epoch(step),
             micro=[batch.to(session.device) for batch in micro],
-            tokens=prompt_tokens * run.method.group + int(lengths.sum()),
+            tokens=sum(len(prompt.ids) for prompt in prompts) * run.method.group
+            + int(lengths.sum()),
             supervised=int(lengths.sum()),
-            examples=len(indices),
-            indices=indices,
+            examples=len(prompts),
+            indices=[prompt.row for prompt in prompts],
             first_micro=session.mesh.data_rank * len(micro),
             idle_share=0.0,
             chosen_tokens=0,
