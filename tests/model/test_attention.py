@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise as pairwise_of
 
+import numpy as np
 import pytest
 import torch
 
 from errors import refuses
 from pairwise import name_of, pairwise
+from tunesmith.data.batches.batch import collate
+from tunesmith.data.text.example import Example
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model import sinks as sinks_module
 from tunesmith.model.attention import attend
-from tunesmith.model.documents import BLOCK_QUERIES, Documents
+from tunesmith.model.documents import BLOCK_QUERIES, Documents, RepeatedTokens
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -99,6 +103,69 @@ def test_attention_and_its_gradients_equal_the_formula(case, monkeypatch):
     tolerance = 1e-11 if "sinks" in rule or case["backend"] == "sdpa" else 1e-12
     assert_same_gradients(ours, formula(*inputs[:3], lengths, **rule), inputs, tolerance)
     attention._future.cache_clear()
+
+
+SHARED = {
+    # (length, number of first tokens that the last document without shared tokens stores)
+    "alike": [(13, 0), (14, 9), (13, 9), (15, 9), (9, 0), (9, 4), (3, 0)],
+    "blocks": [(70, 0), (60, 33), (37, 33), (40, 0), (45, 39)],
+}
+COVERED_SHARES = pairwise(
+    {
+        "rule": [*RULES], "documents": [*SHARED], "heads": [(6, 2), (4, 4), (4, 1)],
+        "backend": ["products", "sdpa"],
+    },
+    allows=lambda row: row.get("backend") != "sdpa" or row["rule"] in ("plain", "window"),
+)  # fmt: skip
+
+
+def documents_that_share(shapes: list[tuple[int, int]]) -> Documents:
+    examples: list[Example] = []
+    groups = [i for i, (_, shared) in enumerate(shapes) if not shared]
+    for first, end in pairwise_of([*groups, len(shapes)]):
+        lengths = tuple(length for length, _ in shapes[first:end])
+        shared = shapes[end - 1][1]
+        ids = np.zeros(sum(lengths), np.int32)
+        examples.append(Example(ids, ids > 0, lengths, shared=shared))
+    batch = collate([examples], length=sum(n - shared for n, shared in shapes), pad_id=0)
+    assert batch.whole is not None
+    repeated = RepeatedTokens(*batch.whole)
+    return Documents(batch.cu_seqlens, batch.max_seqlen, repeated=repeated)
+
+
+@pytest.mark.parametrize("case", COVERED_SHARES, ids=name_of)
+def test_documents_that_share_tokens_equal_the_formula(case, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", 32)
+    attention._future.cache_clear()
+    shapes, rule = SHARED[case["documents"]], dict(RULES[case["rule"]])
+    lengths = [length for length, _ in shapes]
+    packed = replace(documents_that_share(shapes), backend=case["backend"])
+    *inputs, sinks = draw([n - shared for n, shared in shapes], case["heads"], (8, 12))
+    if "sinks" in case["rule"]:
+        rule["sinks"] = sinks
+        inputs.append(sinks)
+    ours = attend(*inputs[:3], packed, **rule)
+    places, firsts, _ = packed.repeated
+    expected = formula(*(x[places] for x in inputs[:3]), lengths, **rule)[firsts]
+    tolerance = 1e-11 if "sinks" in rule or case["backend"] == "sdpa" else 1e-12
+    assert_same_gradients(ours, expected, inputs, tolerance)
+    attention._future.cache_clear()
+
+
+def test_a_shared_token_is_queried_once():
+    packed = documents_that_share(SHARED["alike"])
+    queries = sum(group.queries.count * group.queries.length for group in packed.groups)
+    assert queries <= sum(n - shared for n, shared in SHARED["alike"]) + 3, "at most 3 of padding"
+
+
+def test_a_chunk_of_shared_tokens_alone_has_no_gradient_of_its_own():
+    """The second document's first chunk has only tokens of the first document."""
+    packed = documents_that_share([(13, 0), (14, 9)]).cut(4)
+    inputs = draw([13, 5])[:3]
+    places, firsts, _ = packed.repeated
+    expected = formula(*(x[places] for x in inputs), [4, 4, 4, 1, 4, 4, 4, 2], scale=0.3)[firsts]
+    assert_same_gradients(attend(*inputs, packed, scale=0.3), expected, inputs)
 
 
 def test_bf16_is_as_near_to_the_truth_as_sdpa():

@@ -37,6 +37,7 @@ from tunesmith.model.attention_kernels import choose_kernel
 from tunesmith.model.documents import (
     BLOCK_QUERIES,
     MAX_SAVED_TOKENS,
+    AttentionGroup,
     Documents,
     Group,
     RepeatedTokens,
@@ -253,6 +254,13 @@ def _recompute_pictures(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: Rule
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """Compute `attend` for a packed row in which no two documents share a token."""
+    return _choose_attention(q, k, v, rule)(q, k, v, rule)
+
+
+def _choose_attention(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule
+) -> Callable[[Tensor, Tensor, Tensor, Rule], Tensor]:
+    """Return the function that computes this layer's attention."""
     documents, _, window, softcap, sinks, dropout = rule
     # Only sdpa implements dropout, and sdpa supports neither a soft cap nor sinks.
     if dropout:
@@ -261,14 +269,14 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
                 "attention dropout together with a soft cap or sinks is not supported",
                 fix="set the model's attention_dropout to 0",
             )
-        return _sdpa(q, k, v, rule)
+        return _sdpa
     backend = documents.backend
     if backend is None:
         backend, _ = select_attention_backend(q.device, q.dtype, q.shape[-1])
     if backend == "products" or softcap is not None:
-        return _products(q, k, v, rule)
+        return _products
     if _takes_packed(q, k, v, rule):
-        return _packed(q, k, v, rule)
+        return _packed
     # The backend is selected once per run, but its kernel may not support all layers. For example,
     # Gemma 4 has heads of width 512 in full attention and of width 256 in sliding attention.
     if (
@@ -276,9 +284,9 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         and (window is None or "window_size" in VARLEN_KEYWORDS)
         and fits_varlen(q.device, q.dtype, q.shape[-1], v.shape[-1], sinks is not None)
     ):
-        return _varlen(q, k, v, rule)
+        return _varlen
     # sdpa has no argument for sinks. `_products` adds a column of scores for them.
-    return _sdpa(q, k, v, rule) if sinks is None else _products(q, k, v, rule)
+    return _sdpa if sinks is None else _products
 
 
 @torch.compiler.disable  # shapes depend on the documents of the batch
@@ -286,8 +294,13 @@ def _attend_repeated(
     q: Tensor, k: Tensor, v: Tensor, rule: Rule, repeated: RepeatedTokens
 ) -> Tensor:
     """Compute `attend` for a block that stores a token only once if two documents share it."""
-    q, k, v = (_Repeat.apply(x, repeated) for x in (q, k, v))
-    return _TakeFirsts.apply(_attend_documents(q, k, v, rule), repeated)
+    attention = _choose_attention(q, k, v, rule)
+    k, v = (_Repeat.apply(x, repeated) for x in (k, v))
+    if attention is _products:
+        return _products(q, k, v, rule)
+    # The other functions compute the queries of a shared token for each of its documents.
+    q = _Repeat.apply(q, repeated)
+    return _TakeFirsts.apply(attention(q, k, v, rule), repeated)
 
 
 class _RepeatContext(SavingContext):
@@ -606,6 +619,9 @@ class _ProductsContext(SavingContext):
 class _Products(torch.autograd.Function):
     """Attention, softmax(scale * q k^T + mask) v, with one batched matmul per group of documents.
 
+    q has the tokens of the block. k and v have the tokens of all documents, which are more if
+    documents share tokens.
+
     Query heads that share a key head are stacked in one matrix, so keys and values are not
     repeated. The backward uses FlashAttention's formula: dS = P * (dO V^T - rowsum(dO * O)). A sink
     is an additional column of scores. Its value vector is zero.
@@ -621,14 +637,14 @@ class _Products(torch.autograd.Function):
         saved: list[Tensor] = []
         needs_backward = any(ctx.needs_input_grad[:3])
         for group in rule.documents.groups:
-            queries = _pack_queries(q, group, k.shape[1], rule.scale)
-            keys = _pack_keys(k, group)
-            values = _pack_keys(v, group)
+            queries = _pack_queries(q, group.queries, k.shape[1], rule.scale)
+            keys = _pack_keys(k, group.keys)
+            values = _pack_keys(v, group.keys)
             # Save the probabilities of either all blocks of a group or none. The backward reads the
             # saved probabilities in the order of this loop.
             saves = needs_backward and _saves_probabilities(group, rule.softcap)
             results = []
-            for block in _blocks(group.length, rule.window):
+            for block in _blocks(group, rule.window):
                 # [count * kv heads, heads per kv head, rows, d]
                 rows = queries[:, :, block.queries]
                 probabilities, _ = _probabilities(rows, keys[:, block.keys], sinks, block, rule)
@@ -638,7 +654,7 @@ class _Products(torch.autograd.Function):
                 results.append(result.view(*rows.shape[:3], -1))
                 if saves:
                     saved.append(probabilities)
-            _scatter_back(out, _join(results), group)
+            _scatter_back(out, _join(results), group.queries)
         ctx.save_for_backward(q, k, v, sinks, out, *saved)  # type: ignore[arg-type]
         return out
 
@@ -646,10 +662,11 @@ class _Products(torch.autograd.Function):
     def backward(ctx: _ProductsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, *saved = ctx.saved_tensors
         saved_probabilities = iter(saved)
-        # `empty_like` suffices: each token is in exactly one group, so each row is written once.
+        # `empty_like` suffices for q: each query is in exactly one group. A document whose tokens
+        # are all shared is in no group. The gradient of its keys and values is zero.
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+        dk = torch.zeros_like(k, memory_format=torch.contiguous_format)
+        dv = torch.zeros_like(v, memory_format=torch.contiguous_format)
         d_sinks = None
         if sinks is not None:
             # Sum over all documents in fp32: a 16-bit sum would round small terms to zero.
@@ -658,11 +675,11 @@ class _Products(torch.autograd.Function):
             d_queries, d_keys, d_values = _group_gradients(
                 q, k, v, sinks, d_sinks, out, grads[0], group, ctx.rule, saved_probabilities
             )
-            _scatter_back(dq, d_queries, group)
+            _scatter_back(dq, d_queries, group.queries)
             # Add a dimension for the query heads per key head, because `_scatter_back` expects the
             # layout of `_pack_queries`.
-            _scatter_back(dk, d_keys.unsqueeze(1), group)
-            _scatter_back(dv, d_values.unsqueeze(1), group)
+            _scatter_back(dk, d_keys.unsqueeze(1), group.keys)
+            _scatter_back(dv, d_values.unsqueeze(1), group.keys)
         if d_sinks is not None:
             d_sinks = d_sinks.to(sinks.dtype)
         return dq, dk, dv, None, d_sinks
@@ -676,7 +693,7 @@ def _group_gradients(
     d_sinks: Tensor | None,
     out: Tensor,
     d_out: Tensor,
-    group: Group,
+    group: AttentionGroup,
     rule: Rule,
     saved_probabilities: Iterator[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -687,16 +704,16 @@ def _group_gradients(
     """
     # Multiply the queries by `rule.scale`, as in the forward. Because the scores are (scale * q)
     # k^T, the gradient of q is also multiplied by `rule.scale` below.
-    queries = _pack_queries(q, group, k.shape[1], rule.scale)
-    keys = _pack_keys(k, group)
-    values = _pack_keys(v, group)
-    d_result = _pack_queries(d_out, group, k.shape[1])
+    queries = _pack_queries(q, group.queries, k.shape[1], rule.scale)
+    keys = _pack_keys(k, group.keys)
+    values = _pack_keys(v, group.keys)
+    d_result = _pack_queries(d_out, group.queries, k.shape[1])
     # rowsum(dO * O), [batch, heads per kv head, length, 1]: "delta" in FlashAttention.
-    delta = (d_result * _pack_queries(out, group, k.shape[1])).sum(-1, keepdim=True)
+    delta = (d_result * _pack_queries(out, group.queries, k.shape[1])).sum(-1, keepdim=True)
     d_queries = []
     d_keys = None
     d_values = None
-    for block in _blocks(group.length, rule.window):
+    for block in _blocks(group, rule.window):
         rows = queries[:, :, block.queries]
         d_cap = None
         # The forward called this function with the same arguments to decide whether to save the
@@ -720,7 +737,7 @@ def _group_gradients(
             # batch dimension is documents * kv heads, with documents outermost. Therefore the
             # result can be viewed as [documents, heads, rows].
             delta_rows = sink_probabilities.view_as(delta_rows) * delta_rows
-            delta_rows = delta_rows.view(group.count, len(d_sinks), -1)
+            delta_rows = delta_rows.view(group.queries.count, len(d_sinks), -1)
             d_sinks -= delta_rows.sum((0, 2), dtype=d_sinks.dtype)
         # dV = P^T dO. The query heads of a key head are stacked as rows of one matrix, so the
         # matmul also sums over these heads.
@@ -737,12 +754,12 @@ def _group_gradients(
     return _join(d_queries), d_keys, d_values
 
 
-def _saves_probabilities(group: Group, softcap: float | None) -> bool:
+def _saves_probabilities(group: AttentionGroup, softcap: float | None) -> bool:
     """Return whether a group's probabilities are saved for the backward.
 
     Otherwise the backward recomputes them.
     """
-    return softcap is None and group.length <= MAX_SAVED_TOKENS
+    return softcap is None and group.keys.length <= MAX_SAVED_TOKENS
 
 
 def _join(blocks: list[Tensor]) -> Tensor:
@@ -762,13 +779,14 @@ class Block(NamedTuple):
     keys: slice
 
 
-def _blocks(length: int, window: int | None) -> Iterator[Block]:
-    for start in range(0, length, BLOCK_QUERIES):
-        end = min(start + BLOCK_QUERIES, length)
+def _blocks(group: AttentionGroup, window: int | None) -> Iterator[Block]:
+    shared = group.shared
+    for start in range(shared, group.keys.length, BLOCK_QUERIES):
+        end = min(start + BLOCK_QUERIES, group.keys.length)
         # Keep the keys in the window of the block's first query, which starts earliest. The
         # window has `window` tokens, including the query itself.
         first_key = max(0, start - window + 1) if window is not None else 0
-        yield Block(slice(start, end), slice(first_key, end))
+        yield Block(slice(start - shared, end - shared), slice(first_key, end))
 
 
 def _add_block(total: Tensor | None, part: Tensor, packed: Tensor, block: Block) -> Tensor:
@@ -849,7 +867,6 @@ def _probabilities(
     """
     window = rule.window
     softcap = rule.softcap
-    offset = block.queries.start - block.keys.start  # key index of the first query
     # Shape [batch, heads per key head * rows, keys]. All query heads of a key head are in one
     # matrix, so that the keys are read once.
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
@@ -861,6 +878,7 @@ def _probabilities(
         scores.mul_(softcap)
     batch, group, rows, _ = queries.shape
     key_count = keys.shape[1]
+    offset = key_count - rows  # index of the key of the first query
     # View the scores as [batch * heads per key head, rows, keys], so that one mask is broadcast to
     # all heads.
     by_head = scores.view(-1, rows, key_count)

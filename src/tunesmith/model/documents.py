@@ -33,7 +33,15 @@ MAX_SAVED_TOKENS = 512
 # to 45 tokens, and 10 % faster for documents of 90 to 130 tokens.
 MAX_GROUP_TOKENS = 512
 MIN_LENGTH_SHARE = 0.8
-Members = list[tuple[int, int]]  # (length, start) of each document of a group
+
+
+class Member(NamedTuple):
+    """A document of a group. Documents are sorted by these fields, in descending order."""
+
+    shared: int  # number of first tokens that an earlier document stores
+    length: int  # number of tokens, with the shared ones
+    start: int  # index of the first token in the concatenated tokens of all documents
+    stored: int  # index in the block of the first token that is not shared
 
 
 def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
@@ -59,7 +67,7 @@ class Group:
     # int64 [tokens], indices of the real tokens in the count * length tokens of the padded group.
     # None if the group has a single document.
     places: Tensor | None = None
-    tokens: Tensor | None = None  # int64 [tokens], each token's index in the block
+    tokens: Tensor | None = None  # int64 [tokens], each token's index in the input of `rows_of`
 
     def rows_of(self, x: Tensor) -> Tensor:
         """Return the group's rows of x [n, ...] as [count, length, ...], padded with zeros."""
@@ -69,6 +77,24 @@ class Group:
         rows = x.new_zeros(self.count * self.length, *x.shape[1:])
         rows.index_copy_(0, self.places, x.index_select(0, self.tokens))
         return rows.unflatten(0, (self.count, self.length))
+
+
+class AttentionGroup(NamedTuple):
+    """Documents of similar length, with the same number of shared first tokens.
+
+    Only the first of the documents that share tokens computes the queries of these tokens.
+
+    Attributes:
+        queries: the tokens of the documents without the shared ones, in the block.
+        keys: all tokens of the documents, in the concatenated tokens of all documents.
+    """
+
+    queries: Group
+    keys: Group
+
+    @property
+    def shared(self) -> int:
+        return self.keys.length - self.queries.length
 
 
 class RepeatedTokens(NamedTuple):
@@ -158,17 +184,29 @@ class Documents:
         return chunks
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[AttentionGroup]:
         """Groups of documents for the backend `products`.
 
         Computed once per batch for all layers.
         """
-        return self._group_by_length(_fits_products)
+        device = self.cu_seqlens.device
+        groups = []
+        for members in self._group_by_length(_fits_products):
+            keys = _pad_together([(m.length, m.start) for m in members], device)
+            queries = keys
+            if self.repeated is not None:
+                own = [(m.length - m.shared, m.stored) for m in members]
+                queries = _pad_together(own, device)
+            groups.append(AttentionGroup(queries, keys))
+        return groups
 
     @cached_property
     def rows(self) -> list[Group]:
         """Groups for layers that require one document per row. Computed once per batch."""
-        return self._group_by_length(_is_alike)
+        return [
+            _pad_together([(m.length, m.start) for m in members], self.cu_seqlens.device)
+            for members in self._group_by_length(_is_alike)
+        ]
 
     @cached_property
     def places_in_rows(self) -> Tensor:
@@ -183,44 +221,58 @@ class Documents:
         # `argsort` inverts the permutation, so that the result maps each token to its place.
         return torch.cat(parts).argsort()
 
-    def _group_by_length(self, fits: Callable[[int, Members], bool]) -> list[Group]:
+    def _group_by_length(self, fits: Callable[[Member, list[Member]], bool]) -> list[list[Member]]:
         """Group the documents by length.
 
         Args:
-            fits: returns whether a document of the given length can join a group.
+            fits: returns whether a document can join a group.
         """
-        documents = []  # (length, start) of each document
-        for start, end in pairwise(self.edges):
-            if end > start:
-                documents.append((end - start, start))
+        members = []
+        stored = 0
+        for (start, end), shared in zip(pairwise(self.edges), self._shared_counts(), strict=True):
+            own = end - start - shared
+            # A chunk of a document can consist of shared tokens only.
+            if own:
+                members.append(Member(shared, end - start, start, stored))
+            stored += own
         # Sort by descending length, because the first document of a group determines the padded
         # length.
-        documents.sort(reverse=True)
-        groups: list[Members] = []
-        for length, start in documents:
-            if groups and fits(length, groups[-1]):
-                groups[-1].append((length, start))
+        members.sort(reverse=True)
+        groups: list[list[Member]] = []
+        for member in members:
+            if groups and groups[-1][0].shared == member.shared and fits(member, groups[-1]):
+                groups[-1].append(member)
             else:
-                groups.append([(length, start)])
-        return [self._group(members) for members in groups]
+                groups.append([member])
+        return groups
 
-    def _group(self, members: Members) -> Group:
-        longest, start = members[0]
-        if len(members) == 1:
-            return Group(start=start, count=1, length=longest)
-        # Both have the shape [documents, 1], so that `column` broadcasts to all documents.
-        lengths, starts = torch.tensor(members).unsqueeze(2).unbind(1)
-        # [longest]
-        column = torch.arange(longest)
-        is_token = column < lengths
-        # Indices of the real tokens in the flattened [documents, longest].
-        places = is_token.flatten().nonzero().squeeze(1)
-        # Boolean indexing returns the tokens in the same row-major order as `places`.
-        tokens = (starts + column)[is_token]
-        device = self.cu_seqlens.device
-        places = copy_to_device(places, device)
-        tokens = copy_to_device(tokens, device)
-        return Group(-1, len(members), longest, places, tokens)
+    def _shared_counts(self) -> list[int]:
+        """Return for each document the number of its first tokens that an earlier one stores."""
+        if self.repeated is None:
+            return [0] * (len(self.edges) - 1)
+        is_shared = np.ones(len(self.repeated.places), np.int64)
+        is_shared[self.repeated.firsts.cpu().numpy()] = 0
+        # The sum over the documents before each edge.
+        return np.diff(np.append(0, is_shared.cumsum())[self.edges]).tolist()
+
+
+def _pad_together(documents: Sequence[tuple[int, int]], device: torch.device) -> Group:
+    """Return the group of documents with the given lengths and first tokens."""
+    longest, start = max(documents)
+    if len(documents) == 1:
+        return Group(start=start, count=1, length=longest)
+    # Both have the shape [documents, 1], so that `column` broadcasts to all documents.
+    lengths, starts = torch.tensor(documents).unsqueeze(2).unbind(1)
+    # [longest]
+    column = torch.arange(longest)
+    is_token = column < lengths
+    # Indices of the real tokens in the flattened [documents, longest].
+    places = is_token.flatten().nonzero().squeeze(1)
+    # Boolean indexing returns the tokens in the same row-major order as `places`.
+    tokens = (starts + column)[is_token]
+    return Group(
+        -1, len(documents), longest, copy_to_device(places, device), copy_to_device(tokens, device)
+    )
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -257,17 +309,16 @@ def use_documents(documents: Documents | None) -> Iterator[None]:
         _in_use.pop()
 
 
-def _is_alike(length: int, group: Members) -> bool:
-    longest, _ = group[0]
-    return length >= MIN_LENGTH_SHARE * longest
+def _is_alike(member: Member, group: list[Member]) -> bool:
+    return member.length >= MIN_LENGTH_SHARE * group[0].length
 
 
-def _fits_products(length: int, group: Members) -> bool:
+def _fits_products(member: Member, group: list[Member]) -> bool:
     """Return whether a document can join the group for a batched matmul.
 
-    Documents are added by descending length, so no document of the group is shorter than `length`.
+    Documents are added by descending length, so no document of the group is shorter.
     """
-    longest, _ = group[0]
-    if longest > BLOCK_QUERIES or not _is_alike(length, group):
+    longest = group[0].length
+    if longest - member.shared > BLOCK_QUERIES or not _is_alike(member, group):
         return False
     return (len(group) + 1) * longest <= MAX_GROUP_TOKENS
