@@ -120,12 +120,11 @@ def written_out(
     flat = []
     tokens = float(LENGTHS.sum())
     total = torch.zeros((), dtype=torch.float64)
-    if method.variant == "grpo":
-        advantages = (rewards - means) / (rewards.std(1, keepdim=True) + 1e-4)
-    elif method.variant == "rloo":
+    advantages = rewards - means
+    if method.variant == "rloo":
         advantages = rewards - (rewards.sum(1, keepdim=True) - rewards) / (GROUP - 1)
-    else:
-        advantages = rewards - means
+    if method.scale_rewards or (method.scale_rewards is None and method.variant == "grpo"):
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
     flat = advantages.flatten().tolist()
     for advantage, (ratio, kl) in zip(flat, per_answer, strict=True):
         objective = (advantage * ratio).sum()
@@ -140,12 +139,16 @@ def written_out(
     return float(total), gradients(model), divergences
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "scales"),
+    [*((variant, None) for variant in VARIANTS), ("dapo", True), ("grpo", False), ("rloo", True)],
+)
 def test_losses_and_gradients_are_those_of_the_formulas(
-    variant: str, model: TrainModel, answers: list[list[SampledIds]]
+    variant: str, scales: bool | None, model: TrainModel, answers: list[list[SampledIds]]
 ) -> None:
     """Packed or not, prompts shared or apart, groups whole or cut: 1e-12 and 1e-10 in float64."""
-    method = config(variant=variant, beta=0.05 if variant == "dapo" else 0.0)
+    beta = 0.05 if variant == "dapo" else 0.0
+    method = config(variant=variant, beta=beta, scale_rewards=scales)
     loss, gradient, divergences = written_out(model, method, answers)
     weights = answer_weights(REWARDS, LENGTHS, method)
     for packed, cut, size in ((True, 1000, 1000), (True, 20, 40), (True, 1, 30), (False, 0, 60)):

@@ -63,7 +63,7 @@ METHOD_KEYS: dict[str, tuple[str, ...]] = {
     "simpo": ("beta", "simpo_gamma"),
     "grpo": (
         *("reward", "reward_weights", "reward_seconds", "group", "answer_tokens", "temperature"),
-        *("beta", "variant"),
+        *("beta", "variant", "scale_rewards"),
     ),
 }
 
@@ -160,8 +160,13 @@ class MethodConfig:
     variant: Literal["dapo", "grpo", "dr_grpo", "rloo"] = key(
         "dapo",
         "grpo: how answers are weighted; dapo: all tokens of the batch alike; grpo: all answers"
-        " alike, and advantages divided by their standard deviation; dr_grpo: all tokens alike,"
-        " divided by `answer_tokens`; rloo: baseline without the answer itself",
+        " alike; dr_grpo: all tokens alike, divided by `answer_tokens`; rloo: baseline without the"
+        " answer itself",
+    )
+    scale_rewards: bool | None = key(
+        None,
+        "grpo: divide advantages by the standard deviation of the rewards to the same prompt; null:"
+        " only with variant `grpo`",
     )
 
 

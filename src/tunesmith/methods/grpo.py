@@ -49,12 +49,16 @@ def answer_weights(rewards: np.ndarray, lengths: np.ndarray, config: MethodConfi
         lengths: int64 [prompts, group], the number of tokens of each answer.
     """
     advantages = rewards - rewards.mean(1, keepdims=True)
+    scales = config.scale_rewards
+    if scales is None:
+        scales = config.variant == "grpo"
+    if scales:
+        advantages = advantages / (rewards.std(1, ddof=1, keepdims=True) + STD_EPSILON)
     tokens = lengths.sum()
     group = rewards.shape[1]
     if config.variant == "grpo":
         # Mean over answers of the mean over their tokens.
-        deviation = rewards.std(1, ddof=1, keepdims=True)
-        return advantages / (deviation + STD_EPSILON) * tokens / (rewards.size * lengths)
+        return advantages * tokens / (rewards.size * lengths)
     if config.variant == "dr_grpo":
         return advantages * tokens / (rewards.size * config.answer_tokens)
     if config.variant == "rloo":

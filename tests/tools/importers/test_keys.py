@@ -149,6 +149,7 @@ RL = {
     "group": 8,
     "answer_tokens": 512,
     "temperature": 1.0,
+    "scale_rewards": True,
     "variant": "dapo",
 }
 METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -165,6 +166,10 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(
         ("trl rewards", theirs, {**RL, "variant": variant})
         for variant, theirs in {"dapo": {}, "grpo": {"loss_type": "grpo"}, "dr_grpo": {"loss_type": "dr_grpo"}}.items()
+    ),
+    *(
+        ("trl rewards", {"scale_rewards": theirs}, {**RL, "scale_rewards": ours})
+        for theirs, ours in (("group", True), (True, True), ("none", False), (False, False))
     ),
     ("trl rewards", {"reward_funcs": ["accuracy_reward", "my.module.f"], "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "num_generations": 4, "max_completion_length": 32},
      {**RL, "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "group": 4, "answer_tokens": 32, "reward": ["recipe-rewards.py:accuracy_reward", "recipe-rewards.py:my_module_f"]}),
@@ -208,11 +213,9 @@ NOTES: list[tuple[str, dict[str, Any], str, str]] = [
      "reward_funcs", "top_k top_p num_iterations use_vllm vllm_mode epsilon epsilon_high delta entropy_coef use_bias_correction_kl"),
     ("trl rewards", {"scale_rewards": True, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "num_iterations": 2, "steps_per_generation": 4, "use_vllm": True, "mask_truncated_completions": True, "beta": 0.1, "sync_ref_model": True, "generation_kwargs": {"no_repeat_ngram_size": 2},
                      "entropy_coef": 0.1, "importance_sampling_level": "sequence", "top_entropy_quantile": 0.2, "repetition_penalty": 1.1},
-     "scale_rewards top_k top_p min_p num_iterations steps_per_generation use_vllm mask_truncated_completions sync_ref_model generation_kwargs.no_repeat_ngram_size entropy_coef importance_sampling_level top_entropy_quantile repetition_penalty use_bias_correction_kl", ""),
-    # Our formula is the same with grpo and `group`, dr_grpo and `none`, and dapo and `none`.
+     "top_k top_p min_p num_iterations steps_per_generation use_vllm mask_truncated_completions sync_ref_model generation_kwargs.no_repeat_ngram_size entropy_coef importance_sampling_level top_entropy_quantile repetition_penalty use_bias_correction_kl", ""),
     *(("trl rewards", {"loss_type": loss, "scale_rewards": scale}, differing, "")
-      for loss, scale, differing in (("grpo", "none", "scale_rewards"), ("grpo", "batch", "scale_rewards"), ("dr_grpo", "group", "scale_rewards"), ("bnpo", "none", "loss_type"))),
-    *(("trl rewards", {"loss_type": loss, "scale_rewards": scale}, "reward_funcs", "") for loss, scale in (("grpo", "group"), ("dr_grpo", False))),
+      for loss, scale, differing in (("grpo", "batch", "scale_rewards"), ("bnpo", "none", "loss_type"))),
     ("trl rewards", {"loss_type": "grpo", "beta": 0.1}, "loss_type", ""),
     ("trl pairs", {"beta": 0.1, "f_divergence_type": "js_divergence", "sync_ref_model": True, "ld_alpha": 0.5}, "f_divergence_type sync_ref_model ld_alpha", ""),
 ]  # fmt: skip

@@ -167,5 +167,4 @@ def test_all_keys_of_trls_own_grpo_config_are_known(tmp_path: Path) -> None:
     # 8 answers a step: one prompt.
     assert draft.values["train.global_batch"] == "1 examples"
     differing = {note.key for note in draft.notes.values() if note.differs}
-    # TRL's own default of dapo divides the advantages.
-    assert differing == {"reward_funcs", "scale_rewards", "dtype", "dataset_name"}
+    assert differing == {"reward_funcs", "dtype", "dataset_name"}
