@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from tunesmith.inference.sampler import Prompt, SampledIds
 from tunesmith.methods import make_method
 from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.methods.grpo import answer_weights
-from tunesmith.training.rollouts import Rollouts
+from tunesmith.training.answer_groups import group_examples
 
 GROUP = 4
 PROMPTS = [Prompt([9, 8, 7, 6, 5]), Prompt([30 + n for n in range(17)]), Prompt([3])]
@@ -56,12 +55,9 @@ def config(**changes: Any) -> MethodConfig:
 def examples_of(
     answers: list[list[SampledIds]], weights: np.ndarray, max_tokens: int, *, packed: bool = True
 ) -> list[Example]:
-    rollouts = SimpleNamespace(
-        _max_tokens=lambda: max_tokens, loader=SimpleNamespace(layout=Layout(0, packed))
-    )
     examples: list[Example] = []
     for prompt, group, row in zip(PROMPTS, answers, weights.tolist(), strict=True):
-        examples += Rollouts._examples(rollouts, prompt, group, row)  # type: ignore[arg-type]
+        examples += group_examples(prompt, group, row, max_tokens if packed else 0)
     return examples
 
 

@@ -17,9 +17,12 @@ from errors import is_internal, refuses
 from invoke import invoke
 from recipes import make_run, merge, recipe
 from tunesmith import training
+from tunesmith.data.batches.batch import Batch
 from tunesmith.errors import DataError, StoppedError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.reader.rollouts import read_groups
+from tunesmith.training import rollouts as rollouts_module
+from tunesmith.training import session
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 
@@ -95,6 +98,43 @@ def test_a_resumed_run_is_the_undisturbed_one(kind: str, tiny: Path, tmp_path: P
     for name, arrays in ours.items():
         for key in arrays.keys() - {"texts"}:  # they have the paths of the rows
             assert np.array_equal(arrays[key], theirs[name][key]), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": {"group": 24}, "train": {"micro_batch": "128 tokens"}},
+        {"data": {"pack": False}},
+    ],
+    ids=["whole groups", "cut groups", "a row an answer"],
+)
+def test_no_batch_is_larger_than_that_of_the_memory_trial(
+    changes: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes: list[Batch] = []
+    batches: list[Batch] = []
+    build = session.build_model
+    form = rollouts_module.answer_batches
+
+    def build_model(*args: Any, probe: Batch, **options: Any) -> Any:
+        probes.append(probe)
+        return build(*args, probe=probe, **options)
+
+    def answer_batches(*args: Any) -> list[Batch]:
+        formed = form(*args)
+        batches.extend(formed)
+        return formed
+
+    monkeypatch.setattr(session, "build_model", build_model)
+    monkeypatch.setattr(rollouts_module, "answer_batches", answer_batches)
+    go(tiny, tmp_path, merge({"train": {"duration": "2 steps"}}, changes))
+    [probe] = probes
+    assert probe.supervised % 8 == 0, "it has answers of full length"
+    assert len(batches) >= 2
+    # A cut group of shorter answers can fill a row better, by less than one answer.
+    slack = 8 if "method" in changes else 0
+    assert max(batch.input_ids.numel() for batch in batches) <= probe.input_ids.numel() + slack
 
 
 def test_a_changed_scorer_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -31,6 +31,12 @@ from tunesmith.parallel.shard import unsharded
 from tunesmith.run_dir import ROLLOUTS, rollout_files
 from tunesmith.scoring.reward import Reward, RewardedAnswer
 from tunesmith.scoring.rows import make_scored_row
+from tunesmith.training.answer_groups import (
+    answer_batches,
+    group_examples,
+    max_batch_tokens,
+    prompt_of,
+)
 from tunesmith.training.session import Session
 
 log = logging.getLogger(__name__)
@@ -47,11 +53,6 @@ class Rollout:
     answer: SampledIds
     reward: float
     text: str
-
-
-def prompt_of(example: Example, row: int) -> Prompt:
-    """Return the part of an example before its last answer, as a prompt for the sampler."""
-    return Prompt(example.ids[: example.prompt_length].tolist(), row)
 
 
 class RewardedSampling:
@@ -234,14 +235,15 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         if not computed.any():
             # The optimizer needs a micro batch, so compute the first group. Its weights are 0.
             computed[0] = True
+        limit = max_batch_tokens(run, self.loader) if self.loader.layout.packed else 0
         examples: list[Example] = []
         for prompt, group, group_weights, is_computed in zip(
             prompts, groups, weights, computed, strict=True
         ):
             if is_computed:
                 answers = [each.answer for each in group]
-                examples += self._examples(prompt, answers, group_weights.tolist())
-        micro = [batch for _, batch in self.loader.layout.batches(examples, self._max_tokens())]
+                examples += group_examples(prompt, answers, group_weights.tolist(), limit)
+        micro = answer_batches(run, self.loader, examples)
         return GlobalBatch(
             step=step,
             epoch=session.data.schedule.epoch(step),
@@ -265,41 +267,6 @@ class Rollouts(AbstractContextManager["Rollouts"]):
                 "rollout_seconds": seconds,
             },
         )
-
-    def _max_tokens(self) -> int:
-        """Return the maximum number of tokens of a micro batch."""
-        size = self.loader.micro_batch
-        tokens = size.amount
-        if size.unit == "examples":
-            tokens *= self.session.run.row_tokens
-        return min(tokens, self.loader.row_length or tokens)
-
-    def _examples(
-        self, prompt: Prompt, answers: Sequence[SampledIds], weights: Sequence[float]
-    ) -> Iterator[Example]:
-        """Yield a group as examples that fit into a micro batch. Each has the prompt once."""
-        limit = self._max_tokens() if self.loader.layout.packed else 0
-        pieces: list[list[int]] = []
-        size = 0
-        for n, answer in enumerate(answers):
-            # A later sequence stores the last token of the prompt again, because the target of this
-            # token is the first token of the answer.
-            added = len(answer.ids) + 1
-            if not pieces or size + added > limit:
-                pieces.append([])
-                size = len(prompt.ids) - 1
-            size += added
-            pieces[-1].append(n)
-        for piece in pieces:
-            ids = [np.array([*prompt.ids, *answers[n].ids], np.int32) for n in piece]
-            yield Example(
-                np.concatenate(ids),
-                np.concatenate([np.arange(len(each)) >= len(prompt.ids) for each in ids]),
-                sequences=tuple(map(len, ids)),
-                shared=len(prompt.ids) - 1,
-                weights=tuple(weights[n] for n in piece),
-                sampled=np.concatenate([np.array(answers[n].logprobs, np.float32) for n in piece]),
-            )
 
     def _warn_without_variance(self, has_variance: bool) -> None:
         self.without_variance = 0 if has_variance else self.without_variance + 1

@@ -50,6 +50,7 @@ from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.stages.plan import PlanFacts
+from tunesmith.training.answer_groups import largest_answer_batch
 from tunesmith.training.reference import BaseReference
 from tunesmith.units import count_of
 
@@ -218,9 +219,13 @@ def load_model(facts: PlanFacts, mesh: Mesh, ranks: Ranks) -> tuple[TrainModel, 
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
     if facts.machine.request.weights == "random":
         base_weights = "random"
-    # With a minimum of 1 token, `first_batches` returns only the largest micro batch of the first
-    # step.
-    [largest] = first_batches(make_loader(data, files, plan), torch.device(plan.device), 1)
+    loader = make_loader(data, files, plan)
+    if run.samples_answers:
+        largest = largest_answer_batch(run, loader).to(torch.device(plan.device))
+    else:
+        # With a minimum of 1 token, `first_batches` returns only the largest micro batch of the
+        # first step.
+        [largest] = first_batches(loader, torch.device(plan.device), 1)
     reference = None
     if is_full and run.method.name in REFERENCE_METHODS:
         reference = BaseReference(run, data, facts.hashes["model_hash"], ranks)

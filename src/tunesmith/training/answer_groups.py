@@ -1,0 +1,77 @@
+"""Groups of sampled answers as training examples, and the largest batch that they can form."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tunesmith.config.schema import Run
+from tunesmith.data.batches.batch import Batch
+from tunesmith.data.batches.loader import Loader
+from tunesmith.data.text.example import Example
+from tunesmith.inference.sampler import Prompt, SampledIds
+
+
+def prompt_of(example: Example, row: int) -> Prompt:
+    """Return the part of an example before its last answer, as a prompt for the sampler."""
+    return Prompt(example.ids[: example.prompt_length].tolist(), row)
+
+
+def max_batch_tokens(run: Run, loader: Loader) -> int:
+    """Return the maximum number of tokens of a micro batch of answers."""
+    size = loader.micro_batch
+    tokens = size.amount
+    if size.unit == "examples":
+        tokens *= run.row_tokens
+    return min(tokens, loader.row_length or tokens)
+
+
+def group_examples(
+    prompt: Prompt, answers: Sequence[SampledIds], weights: Sequence[float], limit: int
+) -> Iterator[Example]:
+    """Yield a group as examples of at most `limit` tokens. Each has the prompt once.
+
+    An answer that does not fit has an example of its own.
+
+    Args:
+        weights: the weight of each answer in the loss.
+    """
+    pieces: list[list[int]] = []
+    size = 0
+    for n, answer in enumerate(answers):
+        # A later sequence stores the last token of the prompt again, because the target of this
+        # token is the first token of the answer.
+        added = len(answer.ids) + 1
+        if not pieces or size + added > limit:
+            pieces.append([])
+            size = len(prompt.ids) - 1
+        size += added
+        pieces[-1].append(n)
+    for piece in pieces:
+        ids = [np.array([*prompt.ids, *answers[n].ids], np.int32) for n in piece]
+        yield Example(
+            np.concatenate(ids),
+            np.concatenate([np.arange(len(each)) >= len(prompt.ids) for each in ids]),
+            sequences=tuple(map(len, ids)),
+            shared=len(prompt.ids) - 1,
+            weights=tuple(weights[n] for n in piece),
+            sampled=np.concatenate([np.array(answers[n].logprobs, np.float32) for n in piece]),
+        )
+
+
+def answer_batches(run: Run, loader: Loader, examples: Sequence[Example]) -> list[Batch]:
+    """Return this rank's micro batches of the examples of a step."""
+    return [batch for _, batch in loader.layout.batches(examples, max_batch_tokens(run, loader))]
+
+
+def largest_answer_batch(run: Run, loader: Loader) -> Batch:
+    """Return a micro batch of the longest prompts with the longest answers, for a memory trial."""
+    limit = max_batch_tokens(run, loader) if loader.layout.packed else 0
+    longest = max(
+        (prompt_of(example, 0) for example in loader.tokens), key=lambda prompt: len(prompt.ids)
+    )
+    count = run.method.answer_tokens
+    answer = SampledIds([loader.layout.pad_id] * count, [0.0] * count)
+    answers = [answer] * run.method.group
+    group = list(group_examples(longest, answers, [1.0] * len(answers), limit))
+    batches = answer_batches(run, loader, group * len(loader.schedule.examples(0)))
+    return max(batches, key=lambda batch: batch.input_ids.numel())
