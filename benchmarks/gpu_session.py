@@ -104,6 +104,15 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
 
     tiny = ["--small"] if dry else []
     nf4 = "model.quantize=nf4"
+    wide = ["--prompts", "2" if dry else "16", "--group", "16", "--prompt-tokens", "150"]
+    grpo = [
+        "method.name=grpo",
+        f"method.reward={ROOT / 'benchmarks' / 'parity' / 'rl_rewards.py'}:letters",
+        "train.global_batch=16 examples",
+        "method.group=16",
+        f"method.answer_tokens={9 if dry else 100}",
+        "data.seq_len=512",
+    ]
     tests = [
         "-m",
         "pytest",
@@ -138,13 +147,18 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
               *shape("qwen3-30b-a3b", *batch(32768), *steps(4, 2))]),
     ]  # fmt: skip
     second = [
-        Step("decoding-8b", 20, "decoding",
+        Step("decoding-8b", 15, "decoding",
              script("speed/decoding", *shape("llama3-8b"), *report("decoding-8b"))),
-        Step("decoding-70b-nf4", 45, "decoding with nf4 weights",
+        Step("decoding-70b-nf4", 35, "decoding with nf4 weights",
              script("speed/decoding", *shape("llama3-70b", nf4), *report("decoding-70b-nf4"))),
-        Step("experts-streamed", 110, "experts streamed from the host",
+        Step("grpo-4b", 50, "a step of GRPO: rollouts, training, memory, KL",
+             [sys.executable, "-m", "tunesmith", "bench", *report("grpo-4b"),
+              *shape("qwen3-4b", *grpo, *steps(1, 1))]),
+        Step("slots-4b", 15, "answer tokens per second of 256 answers at once",
+             script("speed/decoding", *shape("qwen3-4b", *wide), *report("slots-4b"))),
+        Step("experts-streamed", 80, "experts streamed from the host",
              streamed("experts-streamed", "experts", 3)),
-        Step("planned", 60, "layers that stay on the device after the memory trial",
+        Step("planned", 45, "layers that stay on the device after the memory trial",
              streamed("planned", "planned", 3)),
     ]  # fmt: skip
     return first if call == "1" else second

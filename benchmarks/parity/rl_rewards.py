@@ -23,6 +23,11 @@ def total(answer: str, row: dict[str, Any]) -> float:
     return 0.1 + 0.4 / (1 + error) if error else 1.0
 
 
+def letters(answer: str, row: dict[str, Any]) -> float:
+    """Return the share of the letters a to m. For models with random weights."""
+    return sum(letter in "abcdefghijklm" for letter in answer.lower()) / max(1, len(answer))
+
+
 def words(answer: str, row: dict[str, Any]) -> float:
     """Return the share of words in their place. With capitals or punctuation a word counts half."""
     found, expected = answer.split(), row["reference"].split()

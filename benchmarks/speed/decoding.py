@@ -5,6 +5,9 @@
 
 `seconds` in the report has the time of each token except the first. If a token takes much longer
 than the median, a kernel was compiled or a plan was built during this token.
+
+With `--prompts 16 --group 16`, 256 answers are sampled at once, 16 to each prompt, as in a training
+with grpo. `answer_tokens_per_second` includes the time to compute the prompts.
 """
 
 from __future__ import annotations
@@ -24,24 +27,26 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.answers import answer_batch
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.sampler import Prompt
+from tunesmith.metrics import hardware
 from tunesmith.model.shapes import find_shape
 from tunesmith.planning.resolve import inference_plan, resolve_dtype
 from tunesmith.runtime.device import chip_of, choose_device
 from tunesmith.runtime.host import bound_shape_caches
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
 
-PROMPT = 500  # tokens
-
 
 def main() -> None:
-    """Decode one answer and write the report."""
+    """Decode the answers and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--prompt-tokens", type=int, default=500)
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--group", type=int, default=1, help="answers to each prompt")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
@@ -67,19 +72,25 @@ def main() -> None:
         times.append(time.perf_counter())
         return False
 
-    decoding = Decoding(max_new_tokens=args.tokens)
-    prompt = Prompt([5] * PROMPT)
-    answer_batch(root, files.tokenizer, [prompt], decoding, stops=(), cancelled=note)
+    decoding = Decoding(max_new_tokens=args.tokens, temperature=1.0 if args.group > 1 else 0.0)
+    prompts = [Prompt([5 + i] * args.prompt_tokens, i) for i in range(args.prompts)]
+    began = time.perf_counter()
+    answer_batch(
+        root, files.tokenizer, prompts, decoding, stops=(), answers=args.group, cancelled=note
+    )
+    total = time.perf_counter() - began
     seconds = [after - before for before, after in pairwise(times)]
     report = {
         "seconds": seconds,
         "median_ms": 1e3 * statistics.median(seconds),
         "longest_ms_after_five": 1e3 * max(seconds[5:], default=0.0),
+        "answer_tokens_per_second": args.prompts * args.group * args.tokens / total,
+        "memory_gib": hardware.memory_gib(device),
     }
     args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(
         f"median {report['median_ms']:.1f} ms per token, maximum after the first five "
-        f"{report['longest_ms_after_five']:.1f} ms"
+        f"{report['longest_ms_after_five']:.1f} ms; {report['answer_tokens_per_second']:.0f} tokens/s"
     )
 
 

@@ -16,7 +16,7 @@ def prompt_of(example: Example, row: int) -> Prompt:
     return Prompt(example.ids[: example.prompt_length].tolist(), row)
 
 
-def max_batch_tokens(run: Run, loader: Loader) -> int:
+def max_row_tokens(run: Run, loader: Loader) -> int:
     """Return the maximum number of tokens of a micro batch of answers."""
     size = loader.micro_batch
     tokens = size.amount
@@ -60,12 +60,12 @@ def group_examples(
 
 def answer_batches(run: Run, loader: Loader, examples: Sequence[Example]) -> list[Batch]:
     """Return this rank's micro batches of the examples of a step."""
-    return [batch for _, batch in loader.layout.batches(examples, max_batch_tokens(run, loader))]
+    return [batch for _, batch in loader.layout.batches(examples, max_row_tokens(run, loader))]
 
 
 def largest_answer_batch(run: Run, loader: Loader) -> Batch:
     """Return a micro batch of the longest prompts with the longest answers, for a memory trial."""
-    limit = max_batch_tokens(run, loader) if loader.layout.packed else 0
+    limit = max_row_tokens(run, loader) if loader.layout.packed else 0
     longest = max(
         (prompt_of(example, 0) for example in loader.tokens), key=lambda prompt: len(prompt.ids)
     )

@@ -128,13 +128,19 @@ class Trainer(LoopPart):
         folder = self.out / "profile"
         device = self.session.device
         profiler = Profiler(self.run.profile, folder, rank=self.ranks.rank, device=device)
-        with profiler, self.session.batches(self.first_step, self._ends) as batches:
+        with profiler, self.batches() as batches:
             for _ in self.steps(batches):
                 profiler.step()
         self.metrics.flush()
         if self.stop.is_due() and not self.is_over:
             self.save_and_stop()
         return self.end()
+
+    def batches(self) -> AbstractContextManager[Iterable[GlobalBatch]]:
+        """Return the global batches of the remaining steps."""
+        return self.session.batches(
+            self.first_step, lambda: self.is_over or self.stop.cancels_validation()
+        )
 
     def steps(self, batches: Iterable[GlobalBatch]) -> Iterator[int]:
         """Train on each batch until the run is over. Yield the number of optimizer steps so far."""
@@ -187,10 +193,6 @@ class Trainer(LoopPart):
                 text = f"stopping the run, because {validations} brought no improvement"
                 self.sinks.text("patience", text)
                 return
-
-    def _ends(self) -> bool:
-        """Return whether the run ends before its next step."""
-        return self.is_over or self.stop.cancels_validation()
 
     def logged_if_slow(self, step: int) -> AbstractContextManager[None]:
         """Return a context that logs a message if the first step takes long."""

@@ -50,6 +50,20 @@ def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
     assert (found.mfu, found.mfu_peak_tflops) == (None, None), "no peak of a CPU is published"
 
 
+def test_a_step_of_grpo_is_measured_with_its_rollouts(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text("def f(a, row): return 'e' in a")
+    method = {"name": "grpo", "reward": "r.py:f", "group": 4, "answer_tokens": 8}
+    steps = {"duration": "3 steps", "global_batch": "2 examples"}
+    run = make_run(tiny, tmp_path, method=method, train=steps, held=False)
+    records = train(run, quiet=True).records
+    found = run_plan(BenchPlan(run, steps=2, warmup=1), tmp_path).figures
+    assert found.tokens == sum(record.tokens for record in records[1:])
+    assert found.last_loss == records[2].loss
+    assert found.rollout_seconds is not None
+    assert 0 < found.rollout_seconds * 2 < found.seconds
+    assert "rollouts, mean" in [name for name, _, _ in found.rows()]
+
+
 def test_the_mfu_is_that_of_the_formula(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

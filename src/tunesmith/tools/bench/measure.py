@@ -99,6 +99,8 @@ class BenchReport:
             MFU.
         mfu_peak_tflops: the peak speed of the hardware. `mfu` is a fraction of this speed.
         data_wait_share: fraction of the step time that was spent waiting for data.
+        rollout_seconds: mean seconds per step to sample and reward answers. None if the method
+            samples no answers.
         build_seconds: seconds to read rows and weights and to build the model and the optimizer. On
             a GPU this includes a trial micro batch and its compilation.
         first_step_seconds: duration of the first warm-up step, including compilation.
@@ -122,6 +124,7 @@ class BenchReport:
     step_seconds_p50: float
     step_seconds_p95: float
     data_wait_share: float
+    rollout_seconds: float | None
     build_seconds: float
     first_step_seconds: float
     peak_memory_gib: float
@@ -147,6 +150,8 @@ class BenchReport:
         spread = f"p95 {self.step_seconds_p95:.3f} s, {count_of(self.steps, 'step')}"
         yield "step time, median", f"{self.step_seconds_p50:.3f} s", spread
         yield "waiting for data", f"{self.data_wait_share:.2%}", "of the step"
+        if self.rollout_seconds is not None:
+            yield "rollouts, mean", f"{self.rollout_seconds:.3f} s", "to sample and reward answers"
         build = f"after building for {self.build_seconds:.1f} s"
         yield "first step", f"{self.first_step_seconds:.1f} s", build
         where = "resident memory" if self.device == "cpu" else "allocated on the GPU"
@@ -203,9 +208,8 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
 
 def _train(trainer: Trainer, profiler: Profiler, *, last_timed: int) -> None:
     """Run all steps in the trainer's loop, and profile the steps after the timed ones."""
-    session = trainer.session
-    with session.loader(0) as loader, ExitStack() as stack:
-        for step in trainer.steps(loader):
+    with trainer.batches() as batches, ExitStack() as stack:
+        for step in trainer.steps(batches):
             if step == last_timed:
                 # Wait until the GPU has finished this step. Otherwise the profile would include the
                 # rest of the step.
@@ -232,6 +236,7 @@ def _report(
     step_seconds = sorted(record.step_seconds for record in records)
     mfu_seconds = sum((record.mfu or 0.0) * record.step_seconds for record in records)
     watts = finite(figures.column("gpu_power_watts"))
+    rollouts = [r.extra["rollout_seconds"] for r in records if "rollout_seconds" in r.extra]
     return BenchReport(
         device="cpu" if plan.device == "cpu" else torch.cuda.get_device_name(session.device),
         dtype=run.model.dtype,
@@ -249,6 +254,7 @@ def _report(
         step_seconds_p50=statistics.median(step_seconds),
         step_seconds_p95=step_seconds[round(0.95 * (len(step_seconds) - 1))],
         data_wait_share=ratio(figures.total("data_seconds"), figures.seconds),
+        rollout_seconds=statistics.fmean(rollouts) if rollouts else None,
         build_seconds=build_seconds,
         first_step_seconds=first_step_seconds,
         peak_memory_gib=last.memory_gib,
