@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.inference.sampler import Prompt
 from tunesmith.methods.base import evaluating
 from tunesmith.stages.request import Request
-from tunesmith.training.answer_sampler import SAMPLE_TOKENS, AnswerClock, sample_answers
+from tunesmith.training.answer_sampler import SAMPLE_TOKENS, Deadline, sample_answers
 from tunesmith.training.build import build
 
 TEXTS = ["a", "hello there", "Count to 7", "x" * 40, "end", "b?", "1 2 3", "zz", "q", "long " * 9]
@@ -178,24 +179,17 @@ def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_
     assert together == alone
 
 
-def test_the_clock_cuts_answers_by_the_first_two_tokens() -> None:
-    """The prompts take 2 s until the first token, and each token after it 0.1 s. Ranks that answer
-    together judge by the first token alone: one whose answers end with it would miss a later verdict.
-    """
-    for allowed, tokens, late in ((8.31, 64, False), (8.25, 63, False), (3.45, 2, True)):
-        times = iter([10.0, *(12.0 + 0.1 * i for i in range(64))])
-        clock = AnswerClock(allowed, now=lambda times=times: next(times))
-        ends = 1
-        while not clock.after_token():
-            ends += 1
-        assert (ends, clock.late) == (tokens, late)
-        assert clock.predicted == pytest.approx(2.0 + 63 * 0.1)
-    asked: list[int] = []
-    times = iter([10.0, 12.0, 12.1])
-    clock = AnswerClock(127.9, agree=lambda own: asked.append(own) or own, now=lambda: next(times))
-    assert [clock.after_token() for _ in range(2)] == [False, False]
-    assert clock.predicted == pytest.approx(64 * 2.0)
-    assert asked == [63]
+def test_answers_end_with_the_first_token_after_their_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first token comes after 2 s, and each further token after 0.1 s."""
+    times = iter([10.0, *(12.0 + 0.1 * i for i in range(64))])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    generated: list[int] = []
+    deadline = Deadline(3.45, lambda: generated.append(1))
+    ends = [deadline.after_token() for _ in range(16)]
+    assert ends == [False] * 15 + [True]
+    assert deadline.tokens == len(generated) == 16
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from tunesmith.parallel import mesh
 from tunesmith.stages.request import Request
 from tunesmith.training.answer_sampler import (
     SAMPLE_TOKENS,
-    AnswerClock,
     AnswerSampler,
     sample_answers,
 )
@@ -37,10 +36,7 @@ def answers_of_unequal_length(model: Path, folder: Path) -> list[str]:
         assert session.data.validation is not None
         stops = set(range(session.files.vocab_rows)) if rank == 0 else set()
         examples = session.data.validation.first(2)
-        clock = AnswerClock(agree=lambda late: ranks.all_gather_object(late)[0])
-        found = sample_answers(
-            session.model, session.files.tokenizer, examples, stops, synced=True, clock=clock
-        )
+        found = sample_answers(session.model, session.files.tokenizer, examples, stops, synced=True)
     return [sample.answer for sample in found]
 
 

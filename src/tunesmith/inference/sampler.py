@@ -87,7 +87,8 @@ def sample(
         stops: token ids that end an answer.
         answers: number of answers to each prompt.
         step: optimizer step that the draws depend on.
-        cancelled: function that is called after each token. If it returns True, the answers end.
+        cancelled: function that is called after each token. If it returns True, the answers end; if
+            `synced`, they end when it returns True on all ranks with unfinished answers.
         chosen: function that is called with each token of the first answer.
         synced: whether all ranks must compute the same number of tokens, because they gather
             weights from each other.
@@ -119,10 +120,11 @@ def sample(
                     sampled[i].finished = token in stops
                     if i == 0:
                         chosen(token)
-            is_cancelled = cancelled()
             is_open = [not sampled[i].finished for i in in_slots]
-            goes_on = _any_rank(any(is_open), device) if synced else any(is_open)
-            if is_cancelled or not goes_on or at + 1 == decoding.max_new_tokens:
+            goes_on = not cancelled() and any(is_open)
+            if synced:
+                goes_on = _any_rank(goes_on, device)
+            if not goes_on or at + 1 == decoding.max_new_tokens:
                 break
             if any(is_open) and is_open.count(False) >= DROPPED_SHARE * len(is_open):
                 kept = [slot for slot, is_kept in enumerate(is_open) if is_kept]

@@ -17,13 +17,14 @@ from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import NO_FINAL_ANSWERS, Phase, read_samples
 from tunesmith.training.loop_part import LoopPart, LoopShared
+from tunesmith.units import count_of
 
 # Maximum fraction of the training time for sampling. The limit is this fraction of the training
 # time or `log.sample_seconds`, whichever is longer. The answers of the final weights may take the
 # entire limit. For other answers, the time of all earlier answers is subtracted from the limit.
 MAX_SAMPLING_SHARE = 0.01
 SAMPLE_TOKENS = 64  # maximum tokens of a sample answer during training
-MIN_SAMPLE_TOKENS = 16  # minimum tokens of a sample answer that is cut off to save time
+MIN_SAMPLE_TOKENS = 16  # answers that the time limit cuts off at fewer tokens are not shown
 
 
 class AnswerSampler(LoopPart):
@@ -108,11 +109,9 @@ class AnswerSampler(LoopPart):
         # takes part, because the weights are gathered from all ranks.
         if not (self.ranks.is_main_process or self.is_sharded):
             return ""
-        clock = AnswerClock(
-            allowed,
-            generated=heartbeat.progress,
-            agree=self.ranks.broadcast_object if self.is_sharded else None,
-        )
+        # If ranks generate together, the answers continue until all ranks have reached their
+        # deadline. Only rank 0 sends its answers to the sinks.
+        clock = Deadline(allowed, heartbeat.progress)
         held_out = session.data.validation.first(count)
         answers = sample_answers(
             session.model,
@@ -122,15 +121,15 @@ class AnswerSampler(LoopPart):
             places=[held_out.where(i) for i in range(len(held_out))],
             references=self.references,
             synced=self.is_sharded,
-            clock=clock,
+            cancelled=clock.after_token,
         )
         self.seconds += clock.elapsed
-        if not clock.late:
+        if clock.tokens >= MIN_SAMPLE_TOKENS or clock.elapsed <= allowed:
             self.sinks.samples(step, answers)
             return "" if answers else "the held-out rows have no prompt"
         reason = (
-            f"they would take {clock.predicted:.0f} s, and log.sample_seconds allows "
-            f"{clock.allowed:.0f} s"
+            f"{count_of(clock.tokens, 'token')} took {clock.elapsed:.0f} s, and log.sample_seconds "
+            f"allows {clock.allowed:.0f} s"
         )
         if not self.has_warned:
             self.has_warned = True
@@ -149,70 +148,31 @@ class AnswerSampler(LoopPart):
         return max(0.0, allowed - self.seconds)
 
 
-class AnswerClock:
-    """Time limit for sample answers. Answers that would take too long are cut off or skipped.
-
-    The time per token is measured between the first and the second token, because the time to the
-    first token includes processing the prompts. If ranks generate together, the time to the first
-    token is used instead, because only the first token is generated on all ranks for certain. This
-    is accurate enough: the prompts take about as long as one token, because both times are mostly
-    spent on gathering the weights.
+class Deadline:
+    """Time limit for sample answers, which ends them at a token.
 
     Attributes:
         allowed: maximum number of seconds.
-        predicted: predicted seconds for all tokens; None before the measurement.
-        limit: number of tokens after which the answers are cut off.
-        late: True if there is not enough time for MIN_SAMPLE_TOKENS tokens. The answers are then
-            skipped.
+        tokens: number of tokens that were generated so far.
     """
 
-    def __init__(
-        self,
-        allowed: float = math.inf,
-        *,
-        generated: Callable[[], object] = lambda: None,
-        agree: Callable[[int], int] | None = None,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Start the clock.
-
-        Args:
-            generated: function that is called after each token.
-            agree: function that returns the same limit on all ranks. It is needed if ranks generate
-                together.
-            now: function that returns the time in seconds.
-        """
+    def __init__(self, allowed: float, generated: Callable[[], object]) -> None:
+        """Start the clock. The function `generated` is called after each token."""
         self.allowed = allowed
         self.generated = generated
-        self.agree = agree
-        self.now = now
-        self.predicted: float | None = None
-        self.limit = SAMPLE_TOKENS
-        self.late = False
-        self.began = now()
-        self.seconds = [0.0]  # seconds from the start to each token
+        self.tokens = 0
+        self.began = time.monotonic()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the clock was started."""
-        return self.now() - self.began
+        return time.monotonic() - self.began
 
     def after_token(self) -> bool:
         """Record a token, and return whether the answers must end now."""
         self.generated()
-        self.seconds.append(self.elapsed)
-        tokens = len(self.seconds) - 1
-        if tokens == (1 if self.agree else 2):
-            *_, previous, last = self.seconds
-            pace = last - previous
-            self.predicted = last + (SAMPLE_TOKENS - tokens) * pace
-            if self.predicted > self.allowed:
-                self.limit = max(tokens, tokens + int((self.allowed - last) / pace))
-            # Use the same limit on all ranks, because they must stop at the same token.
-            if self.agree:
-                self.limit = self.agree(self.limit)
-            self.late = self.limit < min(MIN_SAMPLE_TOKENS, SAMPLE_TOKENS)
-        return self.late or tokens >= self.limit
+        self.tokens += 1
+        return self.elapsed > self.allowed
 
 
 def sample_answers(
@@ -224,7 +184,7 @@ def sample_answers(
     places: Sequence[str] = (),
     references: Sequence[str] = (),
     synced: bool = False,
-    clock: AnswerClock | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> list[SampleAnswer]:
     """Generate greedy answers to a few examples during training.
 
@@ -235,10 +195,8 @@ def sample_answers(
         stops: token ids that end an answer.
         places: file and line of each example's row.
         references: the answer in each example's row.
-        synced: as for `answer_batch`.
-        clock: the time limit. Return an empty list if there is not enough time.
+        synced, cancelled: as for `answer_batch`.
     """
-    clock = clock or AnswerClock()
     prompts = []
     expected = []
     rows = []
@@ -261,11 +219,9 @@ def sample_answers(
         prompts,
         Decoding(max_new_tokens=SAMPLE_TOKENS),
         stops=stops,
-        cancelled=clock.after_token,
+        cancelled=cancelled,
         synced=synced,
     )
-    if clock.late:
-        return []
     texts = [decode(tokenizer, prompt.ids) for prompt in prompts]
     written = [answer.text for answer in answers]
     return list(map(SampleAnswer, texts, written, expected, rows))
