@@ -49,6 +49,7 @@ FAULTS = {
     "signal.signal(signal.SIGTERM, signal.SIG_IGN), time.sleep(1000)": LATE,
     "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)), time.sleep(1000)": LATE,
     "subprocess.run(['sleep', '1000'])": LATE,
+    "subprocess.run(['sleep', '1000'], start_new_session=True)": LATE,
     "if os.fork(): time.sleep(1000)": LATE,
     "os._exit(0)": ENDED,
     "os.abort()": ENDED,
@@ -76,7 +77,7 @@ FAULTS = {
     "return Unprintable()": "Unprintable", "return sys.modules['torch'].ones(())": "KeyError",
 }  # fmt: skip
 HARMLESS = (
-    "os.fork()", "os.fork() or time.sleep(1000)", "threading.Thread(target=time.sleep, args=[1000]).start()", "print('loud' * 10_000)",
+    "subprocess.Popen(['sleep', '1000'], start_new_session=True)", "os.fork()", "os.fork() or time.sleep(1000)", "threading.Thread(target=time.sleep, args=[1000]).start()", "print('loud' * 10_000)",
     "row.clear()", "row['turns'].clear()", "os.chdir('/')", "sys.stdout.close()", "os.close(0)", "subprocess.run(['cat'])",
     "json.loads = json.dumps = None", "return True", "return np.float32(1)", "return np.int64(1)",
 )  # fmt: skip

@@ -21,6 +21,8 @@ from multiprocessing.connection import wait
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+import psutil
+
 from tunesmith.config.row_settings import NOTATION
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host.child_output import exit_text
@@ -140,8 +142,15 @@ class Worker(Generic[Task, Result]):
 
     def close(self) -> None:
         """Kill the process and the processes that it has started, even if it runs a task."""
+        # A process that the function has started can have a session of its own.
+        started = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.process.pid).children(recursive=True)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.communicate()
 
 
