@@ -17,7 +17,12 @@ from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model import sinks as sinks_module
 from tunesmith.model.attention import attend
-from tunesmith.model.documents import BLOCK_QUERIES, Documents, RepeatedTokens
+from tunesmith.model.documents import (
+    BLOCK_QUERIES,
+    Documents,
+    RepeatedTokens,
+    count_saved_probabilities,
+)
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -157,6 +162,25 @@ def test_a_shared_token_is_queried_once():
     packed = documents_that_share(SHARED["alike"])
     queries = sum(group.queries.count * group.queries.length for group in packed.groups)
     assert queries <= sum(n - shared for n, shared in SHARED["alike"]) + 3, "at most 3 of padding"
+
+
+def test_the_plan_counts_the_probabilities_that_are_saved() -> None:
+    for length, shared in ((60, 40), (300, 40), (500, 300), (520, 300)):
+        packed = documents_that_share([(length, 0), (length, shared), (length, shared)])
+        inputs = draw([length, length - shared, length - shared])[:3]
+        saved: list[int] = []
+
+        def keep(tensor: torch.Tensor, saved: list[int] = saved) -> torch.Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            attend(*inputs, packed)
+        places = len(packed.repeated.places)
+        # q, k, v and the output: six and twice two heads of width 8.
+        others = 2 * 6 * 8 * len(inputs[0]) + 2 * 2 * 8 * places
+        counts = count_saved_probabilities(np.full(3, length), np.array([0, shared, shared]))
+        assert sum(saved) - others == 6 * counts.sum()
 
 
 def test_a_chunk_of_shared_tokens_alone_has_no_gradient_of_its_own():

@@ -44,17 +44,19 @@ class Member(NamedTuple):
     stored: int  # index in the block of the first token that is not shared
 
 
-def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
+def count_saved_probabilities(length: np.ndarray, shared: np.ndarray | int = 0) -> np.ndarray:
     """Return the number (int64) of probabilities that one head saves for each document length.
 
     A block of queries saves the probabilities of all keys up to the end of the block.
+
+    Args:
+        shared: number of first tokens whose queries an earlier document computes.
     """
-    blocks, rest = np.divmod(length, BLOCK_QUERIES)
-    # Full block number i (from 1) has BLOCK_QUERIES rows and i * BLOCK_QUERIES keys. The last,
-    # partial block has `rest` rows and all keys.
-    return (length <= MAX_SAVED_TOKENS) * (
-        BLOCK_QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length
-    )
+    blocks, rest = np.divmod(length - shared, BLOCK_QUERIES)
+    # Full block number i (from 1) has BLOCK_QUERIES rows and shared + i * BLOCK_QUERIES keys. The
+    # last, partial block has `rest` rows and all keys.
+    full = BLOCK_QUERIES * blocks * shared + BLOCK_QUERIES**2 * blocks * (blocks + 1) // 2
+    return (length <= MAX_SAVED_TOKENS) * (full + rest * length)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class _Sequences(NamedTuple):
     Attributes:
         lengths: int64 [n], tokens of all sequences of each example.
         shared: int64, tokens of each part that is not computed again, because sequences share it.
+            For sampled answers it has one value for each sequence.
         documents: int64 [sequences], tokens of each sequence.
         supervised: number of supervised tokens.
     """
@@ -134,6 +135,7 @@ def measure_work(
         step = scale_step(step, groups.computed / examples.computed)
         examples = groups
     everything, attention, experts = _operations(run, spec, examples)
+    shared = examples.shared if run.samples_answers else 0
     return Workload(
         step,
         longest=longest,
@@ -141,7 +143,7 @@ def measure_work(
         operations=everything / examples.computed,
         attention=attention,
         experts=experts,
-        probabilities=float(count_saved_probabilities(examples.documents).sum())
+        probabilities=float(count_saved_probabilities(examples.documents, shared).sum())
         / examples.computed,
         whole=float(examples.lengths.sum()) / examples.computed,
         source=source,
@@ -161,7 +163,8 @@ def _sample_answers(run: Run, prompts: np.ndarray) -> tuple[_Sequences, int]:
     prompts = np.minimum(prompts, run.data.seq_len - answer)
     sequences = _Sequences(
         lengths=group * (prompts + answer),
-        shared=np.repeat(prompts, group - 1),  # the prompt is computed once for its answers
+        # The prompt is computed once, with the first of its answers.
+        shared=np.outer(prompts, np.arange(group) > 0).flatten(),
         documents=np.repeat(prompts + answer, group),
         supervised=group * answer * len(prompts),
     )
