@@ -142,10 +142,13 @@ class Worker(Generic[Task, Result]):
 
     def close(self) -> None:
         """Kill the process and the processes that it has started, even if it runs a task."""
-        # A process that the function has started can have a session of its own.
+        # A process that the function has started can have a session of its own. Stop the function
+        # first, so that it starts no other process after this list.
         started = []
         with suppress(psutil.NoSuchProcess):
-            started = psutil.Process(self.process.pid).children(recursive=True)
+            worker = psutil.Process(self.process.pid)
+            worker.suspend()
+            started = worker.children(recursive=True)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for process in started:
