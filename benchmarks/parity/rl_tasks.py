@@ -117,10 +117,10 @@ def run_task(name: str, folder: Path, overrides: dict[str, Any]) -> dict[str, An
             "seq_len": 128,
         },
         "train": {
-            "duration": "40 steps", "global_batch": "8 examples",
+            "duration": "60 steps", "global_batch": "8 examples",
             "learning_rate": task.learning_rate, "schedule": "constant", "warmup": "0 steps",
         },
-        "validate": {"every": "40 steps"},
+        "validate": {"every": "60 steps"},
         "checkpoint": {"every": None},
         "log": {"tensorboard": False, "samples": 0},
         "output_dir": str(folder / "run"),
