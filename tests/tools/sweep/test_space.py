@@ -57,24 +57,10 @@ def test_every_other_key_is_refused_with_a_reason():
         (["train.lr=1e-4,3e-4"], "train.lr", "train.learning_rate"),  # of another tool
         (["train.seed=1,2", "train.seed=3,4"], "train.seed", ""),
         (["train.seed=1"], "", ""),
+        (["train.learning_rate=1e-5..1e-3"], "", "train.learning_rate=1e-4,3e-4"),  # a range
     ],
 )
 def test_words_that_name_no_sweep_are_refused(words: list[str], name: str, fix: str):
     with refuses(RecipeError, names=[name] * bool(name), fix=[fix] * bool(fix)) as caught:
         read_space(words)
     assert caught.value.fix
-
-
-@pytest.mark.parametrize(
-    ("word", "fix"),
-    [
-        ("train.learning_rate=1e-3 .. 2e-5", "train.learning_rate=1e-3,2e-5"),
-        ("adapter.dropout=-1..1", "adapter.dropout=-1,1"),
-    ],
-)
-def test_a_range_is_refused_with_a_list_of_values(word: str, fix: str) -> None:
-    key = word.partition("=")[0]
-    with refuses(RecipeError, where=f"command line: {key}", names=["range"]) as caught:
-        read_space([word])
-    assert caught.value.fix.endswith(f": {fix}")
-    assert len(read_space([fix]).grid()) > 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from errors import holds
 from report.written import falling, write_run
-from tunesmith.tools.sweep.table import best_lines, sweep_lines
+from tunesmith.tools.sweep.table import sweep_lines
 
 
 def candidate(folder: Path, last: float) -> dict[str, Any]:
@@ -31,11 +31,11 @@ def test_how_far_the_best_is_ahead_and_what_comes_next(tmp_path: Path) -> None:
         for name, loss in (("01-a", 1.0), ("02-b", 1.25), ("03-c", 2.0))
     )
     outcome = {"candidates": [third, second, best], "best": "01-a", "compared_by": "val_loss"}
-    lines = list(best_lines(outcome))
-    assert holds(lines[0], "best of 3: 01-a", "1.0000")
-    assert holds(lines[1], "02-b", "1.2500", "0.2500 higher")
-    assert holds(lines[2], f"tunesmith eval {tmp_path / '01-a'} {tmp_path / '02-b'}")
-    lines = list(best_lines(outcome | {"compared_by": "loss"}))
+    lines = list(sweep_lines(outcome))
+    assert [line.split()[0] for line in lines[1:4]] == ["01", "02", "03"]
+    assert lines[2].split() == ["02", "0.00125", "40", "1.2500", "finished"]
+    assert holds(lines[4], "best of 3: 01-a", "1.0000")
+    assert holds(lines[5], "02-b", "1.2500", "0.2500 higher")
+    assert holds(lines[6], f"tunesmith eval {tmp_path / '01-a'} {tmp_path / '02-b'}")
+    lines = list(sweep_lines(outcome | {"compared_by": "loss"}))
     assert not any("tunesmith eval" in line for line in lines), "training losses decide nothing"
-    (row,) = [line.split() for line in sweep_lines(outcome) if line.startswith("02")]
-    assert row == ["02", "0.00125", "40", "1.2500", "finished"]

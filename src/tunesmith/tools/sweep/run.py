@@ -79,28 +79,23 @@ def run_sweep(recipe: str | Path, space: Space, *, argv: list[str] | None = None
     # Load all recipes first, so that a wrong value is reported before the model is loaded.
     for number, values in enumerate(space.grid(), 1):
         words = [f"{key}={value}" for key, value in values.items()]
-        runs.append(load_recipe(recipe, [*space.fixed, *words]))
         label = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
         # Replace characters that are not safe in a folder name, and limit its length.
         name = f"{number:02d}-" + re.sub(r"[^\w.+-]+", "_", label)[:80]
+        run_dir = str(folder / name)
+        runs.append(replace(load_recipe(recipe, [*space.fixed, *words]), output_dir=run_dir))
         candidates.append(
             CandidateResult(
-                name=name,
-                run_dir=str(folder / name),
-                values=values,
-                state="waiting",
-                step=0,
-                loss=None,
+                name=name, run_dir=run_dir, values=values, state="waiting", step=0, loss=None
             )
         )
     # Plan the memory with the largest rank and dropout, so that every candidate fits.
     rank = max(run.adapter.rank for run in runs)
     dropout = max(run.adapter.dropout for run in runs)
     widest = replace(base, adapter=replace(base.adapter, rank=rank, dropout=dropout))
-    asked = {"recipe": to_mapping(base), "keys": dict(space.choices)}
     # Convert to JSON and back, so that `asked` can be compared with the value in sweep.json. For
     # example, tuples become lists.
-    asked = json.loads(json.dumps(asked))
+    asked = json.loads(json.dumps({"recipe": to_mapping(base), "keys": dict(space.choices)}))
     with joined(base) as (stop, ranks), ExitStack() as stack:
         fixed: FixedValues | None = None
         with ranks.raise_on_all_ranks():
@@ -238,22 +233,19 @@ def train_candidates(
         losses = {c["name"]: c["loss"] for c in candidates if c["loss"] is not None}
         result["best"] = min(losses, key=losses.__getitem__, default=None)
         if ranks.is_main_process:
-            folder = Path(candidates[0]["run_dir"]).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / SWEEP, json.dumps(result, indent=1))
+            file = Path(runs[0].output_dir).with_name(SWEEP)
+            write_atomically(file, json.dumps(result, indent=1))
 
     # Write sweep.json before the first candidate trains, so that the sweep can be resumed.
     write()
     for number, (run, candidate) in enumerate(zip(runs, candidates, strict=True), 1):
-        folder = Path(candidate["run_dir"])
+        folder = Path(run.output_dir)
         outcome = read_outcome(folder, compared_by, ranks)
         if outcome is None:
             place = f"candidate {number} of {len(runs)}"
             log.info(f"{candidate['name']}: training {place} up to step {fixed['steps']}")
             try:
-                train_candidate(
-                    replace(pinned(run, fixed), output_dir=str(folder)), shared, stop, argv
-                )
+                train_candidate(pinned(run, fixed), shared, stop, argv)
             except StoppedError as error:
                 if isinstance(error, LowMemoryError):
                     error.fix = (
@@ -280,16 +272,17 @@ def train_candidate(
 ) -> None:
     """Train one candidate until it is finished or its loss is not finite."""
     ranks = shared.ranks
-    control = StopControl(stop, Path(run.output_dir), ranks)
     try:
         # Print only messages of the sweep and of stop signals. The messages of a candidate are
         # written to the candidate's log.txt.
         with stderr_only_from(log.name, signals.__name__):
             options = StartOptions(quiet=True, argv=argv, build_session=shared.build)
-            start_run(run, control, ranks, options)
-    except (NonFiniteError, OtherRankError) as error:
+            start_run(run, StopControl(stop, Path(run.output_dir), ranks), ranks, options)
+    except NonFiniteError:
+        pass
+    except OtherRankError as error:
         # Rank 0 raises NonFiniteError. The other ranks raise an OtherRankError with this cause.
-        if not any(isinstance(e, NonFiniteError) for e in (error, error.__cause__)):
+        if not isinstance(error.__cause__, NonFiniteError):
             raise
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from tunesmith.config.names import keys, suggest_key
 from tunesmith.errors import RecipeError
-from tunesmith.host.shell import shell_word
 
 VARIED = (
     "adapter.rank",
@@ -67,37 +66,27 @@ class Space:
 def read_space(words: Sequence[str]) -> Space:
     """Parse the words `key=values` of the command line.
 
-    Raise RecipeError if a key may not vary, if it is set twice, or if its value is a range.
+    Raise RecipeError if a key may not vary or if it is set twice.
     """
     fixed = []
-    choices = {}
+    choices: dict[str, tuple[str, ...]] = {}
     for word in words:
         key, _, text = map(str.strip, word.partition("="))
         values = split_values(text)
-        is_range = key in VARIED and ".." in text
-        if len(values) < 2 and not is_range:
+        if len(values) < 2:
             fixed.append(word)
             continue
         check_varied(key)
-        where = f"command line: {key}"
         if key in choices:
-            fix = f"give the key only once, such as {shell_word(f'{key}={text}')}"
-            raise RecipeError(f"{key} is set twice", where=where, fix=fix)
-        if is_range:
-            what = f"{text} is a range, but a sweep needs a list of values"
-            values_text = ",".join(map(str.strip, text.split("..")))
-            fix = f"list the values: {shell_word(f'{key}={values_text}')}"
-            raise RecipeError(what, where=where, fix=fix)
+            fix = "list all values of the key in one word: key=a,b,c"
+            raise RecipeError(f"{key} is set twice", where="command line", fix=fix)
         choices[key] = tuple(values)
     if not choices:
-        fix = (
-            "give several values of a key, such as train.learning_rate=1e-4,3e-4,1e-3 "
-            "adapter.rank=8,32"
-        )
         raise RecipeError(
             "a sweep needs at least one key with several values",
             where="command line",
-            fix=fix,
+            fix="list values of a key, such as train.learning_rate=1e-4,3e-4,1e-3 "
+            "adapter.rank=8,32",
         )
     return Space(tuple(fixed), choices)
 
