@@ -18,11 +18,10 @@ from invoke import invoke
 from tunesmith.errors import UsageError
 from tunesmith.host.chips import peak_of
 from tunesmith.tools.doctor import checks as checks_module
-from tunesmith.tools.doctor.checks import examine
+from tunesmith.tools.doctor.checks import System, examine
+from tunesmith.tools.doctor.findings import TEXTS, finding
 from tunesmith.tools.doctor.pair import _compare, check_pair
-from tunesmith.tools.doctor.system import TEXTS, System, finding
 
-ROOM = Path(checks_module.__file__).parent
 DOCS = Path(__file__).parents[3] / "docs"
 
 
@@ -33,12 +32,10 @@ def test_the_page_names_every_check() -> None:
 
 
 def test_what_runs_on_the_other_node_needs_nothing_but_python(tmp_path: Path) -> None:
-    for name in ("system", "checks"):
-        tree = ast.parse((ROOM / f"{name}.py").read_text(), feature_version=(3, 9))
-        found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        others = {m for m in found if m and m.partition(".")[0] not in sys.stdlib_module_names}
-        assert others <= {"tunesmith.tools.doctor.system"}
+    tree = ast.parse(Path(checks_module.__file__).read_text(), feature_version=(3, 9))
+    found = {n.module or "." for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert {name.partition(".")[0] for name in found} <= sys.stdlib_module_names
 
 
 GPU = {"NamedResourceSpec": {"Kind": "NVIDIA_GPU", "Value": "GPU-a"}}
@@ -113,7 +110,8 @@ def test_each_fault_is_named_with_its_mend_and_nothing_else(
     changes: dict[str, Any], faults: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NCCL_IB_GID_INDEX", "3")
-    found = [one for one in examine(Spark(changes), pair=True) if one.level != "ok"]
+    found = [finding(key, **values) for key, values in examine(Spark(changes), pair=True)]
+    found = [one for one in found if one.level != "ok"]
     assert [f"{one.check}/{one.case}" for one in found] == faults
     assert all(shown in one.what and one.fix for one in found)
 

@@ -15,8 +15,8 @@ import pytest
 
 from errors import holds
 from launch.swarm_pair import Pair, missing_tools
+from tunesmith.tools.doctor.checks import System
 from tunesmith.tools.doctor.slurm import check_slurm
-from tunesmith.tools.doctor.system import System
 from waiting import wait_for
 
 SLURM_TOOLS = ("munged", "slurmctld", "slurmd", "srun", "nsenter", "ip")

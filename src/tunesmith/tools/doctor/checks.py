@@ -1,26 +1,21 @@
 """Checks of one machine for `tunesmith doctor`.
 
-This file uses only the standard library, because pair.py also runs it on the other node of a pair,
-where other packages may be missing.
+This file uses only the standard library, because pair.py sends it to a node on which tunesmith may
+not be installed. A check yields pairs of a key in findings.json and the values of its text.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from glob import glob
+from pathlib import Path
 from typing import Any
-
-from tunesmith.tools.doctor.system import (
-    FAULT,
-    WARNING,
-    Finding,
-    System,
-    finding,
-)
 
 TOML = "/etc/nvidia-container-runtime/config.toml"
 # Name of the generic resource of Docker Swarm that represents GPUs. Tasks reserve GPUs by this
@@ -48,25 +43,167 @@ while time.monotonic() < begin + 1:
     count += 10
 print("TFLOP/s", 2 * 4096**3 * count / (time.monotonic() - begin) / 1e12)
 """
+# Program that prints the versions of Python, tunesmith and torch. It calls `distributions` instead
+# of `version`, because `version` raises an error if a package is not installed.
+VERSIONS_PROGRAM = """
+import importlib.metadata, json, platform
+versions = {"python": platform.python_version()}
+for name in ("tunesmith", "torch"):
+    for distribution in importlib.metadata.distributions(name=name):
+        versions[name] = distribution.version
+        break
+print(json.dumps(versions))
+"""
+# Pattern for names of network functions of a ConnectX port. A DGX Spark has two functions per port,
+# because the GB10 reaches the port over two PCIe links. For example, enp1s0f1np1 and enP2p1s0f1np1
+# are functions of the same port. The regex group captures the number of the port.
+_FUNCTION = re.compile(r"en[pP].*s\d+(f\d+)np\d+$")
 
-Findings = Iterator[Finding]
-Check = Callable[[System], Findings]
+Findings = Iterator[tuple[str, dict[str, Any]]]
+
+
+class System:
+    """Access to the commands and files of this machine. Results are cached.
+
+    Args:
+        python: the interpreter of the runs. If it does not exist on this machine, python3 is used.
+    """
+
+    def __init__(self, python: str = sys.executable):
+        self.python = python if os.access(python, os.X_OK) else "python3"
+
+    def read(self, path: str) -> str:
+        """Return the text of a file. Return "" if the file does not exist or cannot be read.
+
+        For example, reading a GID that is not set fails with EINVAL.
+        """
+        try:
+            return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
+    def run(self, *command: str, limit: float = 10.0) -> tuple[int, str, str]:
+        """Run a command and return its exit code, stdout and stderr.
+
+        The code is 127 if the command does not exist, and 124 if it cannot be started or takes
+        more than `limit` seconds.
+        """
+        # Add the folders of `ip` and `dockerd`, which a user's PATH often lacks. Set the locale,
+        # because the checks match English messages.
+        path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+        env = {**os.environ, "PATH": path, "LC_ALL": "C"}
+        try:
+            process = subprocess.run(
+                command, env=env, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except FileNotFoundError as error:
+            return 127, "", str(error)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return 124, "", str(error)
+        return process.returncode, process.stdout.strip(), process.stderr.strip()
+
+    @functools.cached_property
+    def smi(self) -> tuple[int, str, str]:
+        """Exit code, output and error output of nvidia-smi."""
+        query = "--query-gpu=name,uuid,driver_version"
+        return self.run("nvidia-smi", query, "--format=csv,noheader")
+
+    @functools.cached_property
+    def gpus(self) -> list[dict[str, str]]:
+        """Name, UUID and driver of each GPU. The list is empty if nvidia-smi fails."""
+        code, out, _ = self.smi
+        # Other lines are warnings.
+        line = r"^(?P<name>[^,]+), (?P<uuid>[^,]+), (?P<driver>[^,]+)$"
+        return [match.groupdict() for match in re.finditer(line, "" if code else out, re.M)]
+
+    @property
+    def is_spark(self) -> bool:
+        """Return whether this machine is a DGX Spark, whose GPU shares the host's memory."""
+        return any("GB10" in gpu["name"] for gpu in self.gpus)
+
+    @functools.cached_property
+    def docker(self) -> dict[str, Any]:
+        """The output of `docker info`.
+
+        If Docker does not answer, the dict has only two keys. `refused` is the reason, and `absent`
+        is True if Docker is not installed.
+        """
+        code, out, errors = self.run("docker", "info", "--format", "{{json .}}")
+        info = json.loads(out) if out.startswith("{") else {}
+        # Also require ServerVersion, because some versions of Docker exit with 0 although the
+        # daemon does not answer.
+        if code == 0 and info.get("ServerVersion"):
+            return info
+        return {"refused": "; ".join(info.get("ServerErrors") or [errors]), "absent": code == 127}
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """Software versions that must be the same on both nodes of a pair."""
+        versions = {"kernel": os.uname().release}
+        if self.gpus:
+            versions["driver"] = self.gpus[0]["driver"]
+        code, out, _ = self.run(self.python, "-c", VERSIONS_PROGRAM)
+        if code == 0:
+            # Parse only the last line, because modules that Python imports at its start may print
+            # other lines.
+            versions.update(json.loads(out.rpartition("\n")[2]))
+        return versions
+
+    @functools.cached_property
+    def cable(self) -> list[dict[str, Any]]:
+        """The network interfaces of the port with the cable, in the format of `ip -j addr`.
+
+        The port with the cable is the first port with an interface that is up. If no interface is
+        up, the first port is returned. Two keys are added to each interface: `device` is the RDMA
+        device, and `gids` are the indexes of RoCE v2 in the device's GID table.
+        """
+        # The paths have the form /sys/class/infiniband/DEVICE/device/net/NAME.
+        paths = [path.split("/") for path in glob("/sys/class/infiniband/*/device/net/*")]
+        devices = {parts[-1]: parts[4] for parts in paths}
+        ports: dict[str, list[dict[str, Any]]] = {}
+        for row in json.loads(self.run("ip", "-j", "addr")[1] or "[]"):
+            name = row["ifname"]
+            device = devices.get(name, "")
+            match = _FUNCTION.match(name)
+            # An interface belongs to a port if it has an RDMA device, or if its name matches.
+            if match or device:
+                function = {**row, "device": device, "gids": self.gids(device)}
+                ports.setdefault(match[1] if match else name, []).append(function)
+        # `max` returns the first port that has an interface that is up. If there is none, it
+        # returns the first port.
+        return max(
+            ports.values(),
+            key=lambda functions: any(row["operstate"] == "UP" for row in functions),
+            default=[],
+        )
+
+    def gids(self, device: str) -> list[str]:
+        """Return the indexes of RoCE v2 in the GID table of an RDMA device.
+
+        Return [] if `device` is "".
+        """
+        base = f"/sys/class/infiniband/{device}/ports/1"
+        types = sorted(glob(f"{base}/gid_attrs/types/*"))
+        indexes = [os.path.basename(file) for file in types if self.read(file) == "RoCE v2"]
+        # Skip unused entries, which consist of zeros.
+        return [index for index in indexes if self.read(f"{base}/gids/{index}").strip(":0")]
 
 
 def _driver(system: System) -> Findings:
     code, out, errors = system.smi
     if system.gpus:
         gpu = system.gpus[0]
-        major = gpu.driver.partition(".")[0]
+        # An unknown driver is `[N/A]`.
+        major = gpu["driver"].partition(".")[0]
         is_old = system.is_spark and major.isdecimal() and int(major) < 580
-        case = "old" if is_old else "ok"
-        yield finding(f"driver/{case}", count=len(system.gpus), **gpu._asdict())
+        yield f"driver/{'old' if is_old else 'ok'}", {"count": len(system.gpus), **gpu}
     elif code != 127:
-        yield finding("driver/fails", message=errors or out)
-    elif system.has_nvidia:
-        yield finding("driver/absent")
+        yield "driver/fails", {"message": errors or out}
     else:
-        yield finding("driver/none")
+        files = ["/proc/driver/nvidia/version", *glob("/sys/bus/pci/devices/*/vendor")]
+        # 0x10de is NVIDIA's PCI vendor id.
+        is_absent = any(system.read(file).startswith(("NVRM", "0x10de")) for file in files)
+        yield f"driver/{'absent' if is_absent else 'none'}", {}
 
 
 def _torch(system: System) -> Findings:
@@ -74,7 +211,7 @@ def _torch(system: System) -> Findings:
     version = system.versions.get("torch")
     if not version or not system.gpus:
         case = "cpu" if version else "absent"
-        yield finding(f"torch/{case}", version=version, python=system.python)
+        yield f"torch/{case}", {"version": version, "python": system.python}
         return
     code, out, errors = system.run(system.python, "-c", LOAD, limit=TORCH_SECONDS)
     cuda = re.search(r"^CUDA (.+)$", out, re.M)
@@ -92,13 +229,15 @@ def _torch(system: System) -> Findings:
         case = "ok"
     # Select the line with the exception, because CUDA appends lines with general advice.
     messages = re.findall(r"^\S+(?:Error|Exception): .*", errors, re.M) or [errors]
-    yield finding(
+    yield (
         f"torch/{case}",
-        version=version,
-        python=system.python,
-        chip=system.gpus[0].name,
-        cuda=cuda and cuda[1],
-        message=messages[-1],
+        {
+            "version": version,
+            "python": system.python,
+            "chip": system.gpus[0]["name"],
+            "cuda": cuda and cuda[1],
+            "message": messages[-1],
+        },
     )
     speed = re.search(r"^TFLOP/s (.+)$", out, re.M)
     if system.is_spark and speed:
@@ -106,7 +245,7 @@ def _torch(system: System) -> Findings:
         # low-power states.
         tflops = float(speed[1])
         case = "low" if tflops < 0.6 * GB10_TFLOPS else "ok"
-        yield finding(f"clock/{case}", tflops=tflops)
+        yield f"clock/{case}", {"tflops": tflops}
 
 
 def _memory(system: System) -> Findings:
@@ -121,7 +260,7 @@ def _memory(system: System) -> Findings:
         # "cache" means that the page cache fills the memory, so that the GPU driver finds no large
         # free blocks.
         case = "cache"
-    yield finding(f"memory/{case}", gib=gib)
+    yield f"memory/{case}", {"gib": gib}
 
 
 def _docker(system: System) -> Findings:
@@ -131,18 +270,19 @@ def _docker(system: System) -> Findings:
         case = "absent"
     elif "permission denied" in reason:
         case = "group"
-    yield finding(f"docker/{case}", message=reason, version=system.docker.get("ServerVersion"))
+    version = system.docker.get("ServerVersion")
+    yield f"docker/{case}", {"message": reason, "version": version}
 
 
 def _toolkit(system: System) -> Findings:
     version = re.search(r"(\d+\.\d+)\.\d+", system.run("nvidia-ctk", "--version")[1])
     if not version:
-        yield finding("toolkit/absent")
+        yield "toolkit/absent", {}
         return
     # Version 1.18 of NVIDIA's container toolkit supports Swarm resources only in its legacy mode.
     is_legacy = re.search(r'^\s*mode\s*=\s*"legacy"', system.read(TOML), re.M)
     case = "swarm" if version[1] == "1.18" and not is_legacy else "ok"
-    yield finding(f"toolkit/{case}", version=version[0])
+    yield f"toolkit/{case}", {"version": version[0]}
 
 
 def _daemon(system: System) -> Findings:
@@ -156,14 +296,14 @@ def _daemon(system: System) -> Findings:
         spec = resource.get("NamedResourceSpec") or {}
         if spec.get("Kind") == RESOURCE:
             named.append(spec["Value"])
-    uuids = [gpu.uuid for gpu in system.gpus]
+    uuids = [gpu["uuid"] for gpu in system.gpus]
+    case = "ok"
     if system.docker.get("DefaultRuntime") != "nvidia":
-        yield finding("daemon.json/runtime")
+        case = "runtime"
     elif sorted(named) != sorted(uuids):
-        shown = ", ".join(named) or "nothing"
-        yield finding("daemon.json/resource", named=shown, uuids=" ".join(uuids))
-    else:
-        yield finding("daemon.json/ok")
+        case = "resource"
+    named_text = ", ".join(named) or "nothing"
+    yield f"daemon.json/{case}", {"named": named_text, "uuids": " ".join(uuids)}
 
 
 def _swarm_resource(system: System) -> Findings:
@@ -171,15 +311,14 @@ def _swarm_resource(system: System) -> Findings:
     # name>. The toolkit's config must name this variable.
     line = rf'^\s*swarm-resource\s*=\s*"(.*,)?\s*DOCKER_RESOURCE_{RESOURCE}\s*(,.*)?"'
     is_right = re.search(line, system.read(TOML), re.M)
-    yield finding("swarm-resource/ok" if is_right else "swarm-resource/absent")
+    yield f"swarm-resource/{'ok' if is_right else 'absent'}", {}
 
 
 def _swarm(system: System) -> Findings:
     swarm = system.docker.get("Swarm", {})
     state = swarm.get("LocalNodeState")
-    case = "ok" if state == "active" else "absent"
-    message = swarm.get("Error", "")
-    yield finding(f"swarm/{case}", state=state, message=message, address=swarm.get("NodeAddr"))
+    values = {"state": state, "message": swarm.get("Error"), "address": swarm.get("NodeAddr")}
+    yield f"swarm/{'ok' if state == 'active' else 'absent'}", values
 
 
 def _cable(system: System) -> Findings:
@@ -190,7 +329,7 @@ def _cable(system: System) -> Findings:
     """
     functions = system.cable
     if not functions:
-        yield finding("cable/absent")
+        yield "cable/absent", {}
         return
     # -1 is NCCL's default. It means that NCCL selects the GID index.
     forced = os.environ.get("NCCL_IB_GID_INDEX", "-1")
@@ -204,32 +343,26 @@ def _cable(system: System) -> Findings:
             "gid/forced": gids and forced not in ("-1", *gids),
         }
         values = {**function, "forced": forced, "indexes": " and ".join(gids)}
-        faults += [finding(key, **values) for key, wrong in is_wrong.items() if wrong]
+        faults += [(key, values) for key, wrong in is_wrong.items() if wrong]
     names = " and ".join(function["ifname"] for function in functions)
-    yield from faults or [finding("cable/ok", names=names)]
+    yield from faults or [("cable/ok", {"names": names})]
 
 
-def examine(system: System, *, pair: bool) -> list[Finding]:
-    """Run the checks on this machine and return their findings.
+def examine(system: System, *, pair: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Run the checks on this machine and return what they yield.
 
     Args:
-        pair: whether the machine is a node of a pair. A single machine does not require Docker, so
-            problems with Docker are only warnings.
+        pair: whether the machine is a node of a pair.
     """
     docker = system.docker
-    checks = [_driver, _torch, _memory]
+    checks: list[Callable[[System], Findings]] = [_driver, _torch, _memory]
     if pair or not docker.get("absent"):
         checks += [_docker, _toolkit] if system.gpus else [_docker]
     if pair and "refused" not in docker:
         checks += [_swarm, _daemon, _swarm_resource] if system.gpus else [_swarm]
     if pair:
         checks.append(_cable)
-    findings = []
-    for check in checks:
-        for result in check(system):
-            is_minor = check in (_docker, _toolkit) and result.level == FAULT and not pair
-            findings.append(replace(result, level=WARNING) if is_minor else result)
-    return findings
+    return [found for check in checks for found in check(system)]
 
 
 def properties(system: System) -> dict[str, Any]:
@@ -242,11 +375,7 @@ def properties(system: System) -> dict[str, Any]:
     }
 
 
-def answer_peer() -> None:
-    """Print the findings and properties of this node as JSON. The other node of a pair reads them.
-
-    The first command-line argument is the path of the interpreter to check.
-    """
-    system = System(python=sys.argv[1])
-    findings = [asdict(result) for result in examine(system, pair=True)]
-    print(json.dumps([findings, properties(system)]))
+if __name__ == "__main__":
+    # The other node of a pair reads this output. The argument is the interpreter to check.
+    node = System(python=sys.argv[1])
+    print(json.dumps([examine(node, pair=True), properties(node)]))

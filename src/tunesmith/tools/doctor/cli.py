@@ -8,6 +8,7 @@ Nothing is changed. The exit code is 1 if there is a fault, otherwise 0.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -18,10 +19,10 @@ from pathlib import Path
 from tunesmith.cli.options import add_json
 from tunesmith.errors import EXIT_FAILED, EXIT_OK
 from tunesmith.host.streams import show, visible
-from tunesmith.tools.doctor.checks import examine
+from tunesmith.tools.doctor.checks import System, examine
+from tunesmith.tools.doctor.findings import FAULT, WARNING, finding
 from tunesmith.tools.doctor.pair import check_pair
 from tunesmith.tools.doctor.slurm import check_slurm
-from tunesmith.tools.doctor.system import FAULT, WARNING, System
 from tunesmith.units import count_of
 
 
@@ -45,38 +46,36 @@ def run(args: argparse.Namespace) -> int:
     elif args.pair:
         findings = check_pair(args.pair)
     else:
-        findings = examine(System(), pair=False)
+        findings = [finding(key, **values) for key, values in examine(System(), pair=False)]
+        # A single machine does not require Docker.
+        findings = [
+            replace(found, level=WARNING)
+            if found.check in ("docker", "toolkit") and found.level == FAULT
+            else found
+            for found in findings
+        ]
     # A finding without a host is about this machine, so set this machine's host name.
     here = os.uname().nodename
-    findings = [replace(finding, host=finding.host or here) for finding in findings]
+    findings = [replace(found, host=found.host or here) for found in findings]
     seconds = round(time.monotonic() - begin, 1)
-    levels = [finding.level for finding in findings]
+    levels = [found.level for found in findings]
     faults = levels.count(FAULT)
     if args.json:
-        values = {
-            "passed": not faults,
-            "seconds": seconds,
-            "findings": [asdict(finding) for finding in findings],
-        }
-        print(json.dumps(values, indent=1))
-    else:
-        # Group the findings by host.
-        host = ""
-        for finding in findings:
-            if finding.host != host:
-                host = finding.host
-                print(host)
-            show(
-                f"  {finding.level:<9}{finding.check:<16}{finding.what}", sys.stdout, indent=FINDING
-            )
-            if finding.why:
-                show(f"{'':<11}{'why':<16}{finding.why}", sys.stdout, indent=FINDING)
-            if finding.fix:
-                print(visible(f"{'':<11}{'fix':<16}{finding.fix}"))
-        counts = f"{count_of(faults, 'fault')}, {count_of(levels.count(WARNING), 'warning')}"
-        print(f"{count_of(len(findings), 'check')} in {seconds} s: {counts}")
+        rows = [asdict(found) for found in findings]
+        print(json.dumps({"passed": not faults, "seconds": seconds, "findings": rows}, indent=1))
+        return EXIT_FAILED if faults else EXIT_OK
+    for host, group in itertools.groupby(findings, key=lambda found: found.host):
+        print(host)
+        for found in group:
+            show(f"  {found.level:<9}{found.check:<16}{found.what}", sys.stdout, indent=INDENT)
+            if found.why:
+                show(f"           why             {found.why}", sys.stdout, indent=INDENT)
+            if found.fix:
+                print(visible(f"           fix             {found.fix}"))
+    counts = f"{count_of(faults, 'fault')}, {count_of(levels.count(WARNING), 'warning')}"
+    print(f"{count_of(len(findings), 'check')} in {seconds} s: {counts}")
     return EXIT_FAILED if faults else EXIT_OK
 
 
 # Number of characters before the text of a finding. Further lines of the text are indented by it.
-FINDING = 27
+INDENT = 27

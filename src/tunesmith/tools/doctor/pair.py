@@ -6,65 +6,42 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 from tunesmith.errors import MachineError
 from tunesmith.host.child_output import last_line
 from tunesmith.launch.ssh import check_host, try_on
-from tunesmith.tools.doctor.checks import examine, properties
-from tunesmith.tools.doctor.system import TEXTS, Finding, System, finding
-
-SENT_FILES = ("system.py", "checks.py", "findings.json")
-# Program for the other node, which needs only ssh and python3. It unpacks the checks into a
-# temporary folder, imports them, deletes the folder and runs the checks.
-PROGRAM = """
-import pathlib, sys, tempfile
-with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
-    place = pathlib.Path(folder, "tunesmith/tools/doctor")
-    place.mkdir(parents=True)
-    for path in (place, *place.parents[:2]):
-        (path / "__init__.py").touch()
-    for name, text in {files!r}.items():
-        (place / name).write_text(text, encoding="utf-8")
-    sys.path.insert(0, folder)
-    from tunesmith.tools.doctor.checks import answer_peer
-answer_peer()
-"""
-
-
-def ask_peer(host: str) -> "CompletedProcess[str]":
-    """Run the checks on the other node over ssh and return the finished process."""
-    folder = Path(__file__).parent
-    files = {name: (folder / name).read_text(encoding="utf-8") for name in SENT_FILES}
-    return try_on(host, "python3", "-", sys.executable, text=PROGRAM.format(files=files))
+from tunesmith.tools.doctor import checks
+from tunesmith.tools.doctor.checks import System, examine, properties
+from tunesmith.tools.doctor.findings import TEXTS, Finding, finding
 
 
 def check_pair(host: str) -> list[Finding]:
     """Check this node, the other node, and whether the two match. Return all findings."""
     check_host(host, "--pair")
     system = System()
+    # The program is one file, so that the other node needs only ssh and python3.
+    program = Path(checks.__file__).read_text(encoding="utf-8")
     with ThreadPoolExecutor(1) as pool:
         # Run the checks of both nodes concurrently.
-        peer = pool.submit(ask_peer, host)
-        findings = examine(system, pair=True)
+        peer = pool.submit(try_on, host, "python3", "-", sys.executable, text=program)
+        findings = [finding(key, **values) for key, values in examine(system, pair=True)]
     try:
         done = peer.result()
         # Parse only the last line, because modules that Python imports at its start may print other
         # lines.
-        rows, there = json.loads(done.stdout.strip().rpartition("\n")[2])
+        found, there = json.loads(done.stdout.strip().rpartition("\n")[2])
     except MachineError as error:
         message = error.why or error.what
         # Select the first key `ssh/WORDS` of TEXTS whose WORDS occur in ssh's error message. The
         # last key is `ssh/`, which always matches, because its WORDS are empty.
         cases = [key for key in TEXTS if key.startswith("ssh/") and key != "ssh/ok"]
         key = next(key for key in cases if key.removeprefix("ssh/") in message)
-        return [*findings, replace(finding(key, host, message=message), host=host)]
+        return [*findings, finding(key, host, message=message)]
     except ValueError:
-        message = last_line(done.stderr)
-        return [*findings, replace(finding("ssh/python3", host, message=message), host=host)]
+        return [*findings, finding("ssh/python3", host, message=last_line(done.stderr))]
+    findings += [finding(key, host, **values) for key, values in found]
     both = [finding("ssh/ok", host), *_compare(properties(system), there, host)]
-    findings += [Finding(**{**row, "host": host}) for row in rows]
     return findings + [replace(result, host="the pair") for result in both]
 
 

@@ -6,15 +6,19 @@ import tempfile
 from pathlib import Path
 
 from tunesmith.host.child_output import last_line
-from tunesmith.tools.doctor.system import Finding, System, finding
+from tunesmith.tools.doctor.checks import System
+from tunesmith.tools.doctor.findings import Finding, finding
 from tunesmith.units import count_of
 
 # Seconds to wait until nodes are free.
 NODE_WAIT_SECONDS = 20
-# Program that runs on each node and prints a report. Its argument is the path of a file in the
-# folder of the runs. The program checks whether the node can read this file.
+# Program that runs on each node and prints a report with the keys of its faults. The argument
+# is the path of a file in the folder of the runs.
 NODE_PROGRAM = """
 import importlib.util, json, os, socket, subprocess, sys
+faults = []
+if not os.path.isfile(sys.argv[1]):
+    faults.append("folder/unseen")
 unknown = []
 command = ["scontrol", "show", "hostnames"]
 for name in subprocess.run(command, capture_output=True, text=True).stdout.split():
@@ -22,13 +26,12 @@ for name in subprocess.run(command, capture_output=True, text=True).stdout.split
         socket.getaddrinfo(name, None)
     except OSError:
         unknown.append(name)
-report = {
-    "node": os.environ["SLURMD_NODENAME"],
-    "sees": os.path.isfile(sys.argv[1]),
-    "unknown": ", ".join(unknown),
-    "has": importlib.util.find_spec("tunesmith") is not None,
-}
-print(json.dumps(report))
+if unknown:
+    faults.append("names/unknown")
+if importlib.util.find_spec("tunesmith") is None:
+    faults.append("environment/bare")
+node = os.environ["SLURMD_NODENAME"]
+print(json.dumps({"node": node, "unknown": ", ".join(unknown), "faults": faults}))
 """
 
 
@@ -60,14 +63,13 @@ def check_slurm(folder: Path) -> list[Finding]:
     if not usable_nodes:
         return [finding("partitions/none", shown=shown)]
     case = "ok" if "gpu" in shown else "cpu"
-    return [
-        finding(f"partitions/{case}", shown=shown),
-        *_on_nodes(system, folder.resolve(), min(2, usable_nodes)),
-    ]
+    return [finding(f"partitions/{case}", shown=shown), *_on_nodes(system, folder, usable_nodes)]
 
 
-def _on_nodes(system: System, folder: Path, count: int) -> list[Finding]:
-    """Run NODE_PROGRAM on `count` nodes with srun, and return the findings."""
+def _on_nodes(system: System, folder: Path, usable_nodes: int) -> list[Finding]:
+    """Run NODE_PROGRAM on at most two nodes with srun, and return the findings."""
+    folder = folder.resolve()
+    count = min(2, usable_nodes)
     python = sys.executable
     wait = f"--immediate={NODE_WAIT_SECONDS}"
     srun = ["srun", "-Q", f"-N{count}", "--ntasks-per-node=1", wait, "-t2"]
@@ -84,14 +86,10 @@ def _on_nodes(system: System, folder: Path, count: int) -> list[Finding]:
         case = "environment/unseen" if "execve" in errors else "srun/none"
         message = " ".join(errors.splitlines()[:2])
         return [finding(case, python=python, folder=folder, count=count, message=message)]
-    findings = []
-    for node in nodes:
-        is_wrong = {
-            "folder/unseen": not node["sees"],
-            "names/unknown": node["unknown"],
-            "environment/bare": not node["has"],
-        }
-        values = {**node, "folder": folder, "python": python}
-        findings += [finding(key, **values) for key, wrong in is_wrong.items() if wrong]
+    findings = [
+        finding(key, **node, folder=folder, python=python)
+        for node in nodes
+        for key in node["faults"]
+    ]
     names = ", ".join(node["node"] for node in nodes)
     return findings or [finding("srun/ok", names=names, folder=folder, python=python)]
