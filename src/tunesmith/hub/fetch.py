@@ -8,9 +8,8 @@ lists and deletes the contents of the caches.
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import (
@@ -24,7 +23,8 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Model
@@ -63,7 +63,7 @@ TOKENIZER = (
     "tekken.json",
 )
 # Name patterns of the small files (config, tokenizer, license) that are downloaded.
-SUPPORT = (
+SUPPORT = [
     "config.json",
     MODELOPT_CONFIG,
     "generation_config.json",
@@ -81,7 +81,7 @@ SUPPORT = (
     "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
-)
+]
 MAX_PARAMETERS_PER_NUMBER = 8  # maximum parameters in one stored number; nf4 has two
 MIN_FREE_BYTES = 64 << 20  # bytes that must be free on the disk after a download
 
@@ -212,9 +212,9 @@ def describe_repo(repo: str, revision: str | None, repo_type: str) -> ModelInfo 
 
 def stated_license(info: ModelInfo | DatasetInfo) -> str:
     """Return the license from the repository's model or dataset card, or "not stated"."""
-    card = info.card_data.to_dict() if info.card_data is not None else {}
-    stated = card.get("license_name") or card.get("license") or "not stated"
-    return ", ".join(stated) if isinstance(stated, list) else str(stated)
+    card = info.card_data
+    stated = card and (card.get("license_name") or card.get("license"))
+    return ", ".join(stated) if isinstance(stated, list) else str(stated or "not stated")
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")
-    targets = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
-    targets += weights
+    targets = [*filter_repo_objects(names, allow_patterns=patterns), *weights]
     with hub_calls(model.name, model.revision):
         files = snapshot_download(
             model.name, revision=info.sha, allow_patterns=targets, dry_run=True
@@ -296,7 +295,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
 
 def repo_cache(repo: str, repo_type: str = "model") -> Path:
     """Return the folder of a repository in the Hub's cache."""
-    return Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type=repo_type))
 
 
 def check_cache_space(name: str, missing: int) -> None:
@@ -319,17 +318,10 @@ def download_model(plan: DownloadPlan, *, bars: bool = True) -> Path:
         sizes = f"{size_text(plan.missing)} of {size_text(plan.total)}"
         log.info(f"fetching {model.name}: {sizes}")
     names = [file.filename for file in plan.files]
-    folder = _download_snapshot(model.name, model.revision, names, bars=bars)
-    check_folder(folder, model)
-    return folder
-
-
-def _download_snapshot(
-    repo: str, revision: str | None, patterns: Sequence[str], *, bars: bool = False
-) -> Path:
-    """Download the missing files that match the patterns, and return the folder of the snapshot."""
-    with hub_calls(repo, revision, bars=bars):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    with hub_calls(model.name, model.revision, bars=bars):
+        folder = snapshot_download(model.name, revision=model.revision, allow_patterns=names)
+    check_folder(Path(folder), model)
+    return Path(folder)
 
 
 def tokenizer_folder(model: Model, folder: Path) -> Path:
@@ -364,7 +356,7 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
         return path
     with hub_calls(name, revision):
         cached = cached_without_weights(name, revision)
-    return cached or _download_snapshot(name, revision, SUPPORT)
+        return cached or Path(snapshot_download(name, revision=revision, allow_patterns=SUPPORT))
 
 
 def fetch_tokenizer(name: str) -> Path:
@@ -426,25 +418,20 @@ def cached_items() -> list[CachedItem]:
     # List the folders directly, because huggingface_hub's `scan_cache_dir` omits repositories that
     # have no complete file.
     hub = Path(constants.HF_HUB_CACHE)
-    items = [
-        *_items_in(hub, "model", "models--*"),
-        *_items_in(hub, "dataset", "datasets--*"),
-        *_items_in(cache_folder("models"), "converted"),
-        *_items_in(cache_folder("shipped"), "shipped"),
-        *_items_in(cache_folder(), "derived", "tokenizers"),
-        *_items_in(cache_folder(), "derived", "configs"),
-    ]
-    return sorted(items, key=lambda item: -item.size)
-
-
-def _items_in(cache: Path, kind: str, pattern: str = "*") -> list[CachedItem]:
-    """Return the folders of a cache whose names match `pattern`."""
+    places = {
+        "model": hub.glob("models--*"),
+        "dataset": hub.glob("datasets--*"),
+        "converted": cache_folder("models").glob("*"),
+        "shipped": cache_folder("shipped").glob("*"),
+        "derived": map(cache_folder, ("tokenizers", "configs")),
+    }
     items = []
-    for folder in filter(Path.is_dir, cache.glob(pattern)):
-        name = folder.name
-        if pattern.endswith("--*"):
-            name = name.partition("--")[2].replace("--", "/")
-        # Skip symbolic links, so that each file is counted only once.
-        files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-        items.append(CachedItem(name, kind, sum(file.st_size for file in files), folder))
-    return items
+    for kind, folders in places.items():
+        for folder in filter(Path.is_dir, folders):
+            name = folder.name
+            if folder.parent == hub:
+                name = name.partition("--")[2].replace("--", "/")
+            # Skip symbolic links, so that each file is counted only once.
+            files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+            items.append(CachedItem(name, kind, sum(file.st_size for file in files), folder))
+    return sorted(items, key=lambda item: -item.size)

@@ -84,13 +84,13 @@ def hub_error(
     what = f"the Hub answers with the HTTP status {status}"
     fix = "try again later; finished downloads are kept"
     cause = ""
-    # A GatedRepoError is also a RepositoryNotFoundError, but a gated repository is not missing.
-    is_missing = isinstance(error, errors.RepositoryNotFoundError)
-    is_missing = is_missing and not isinstance(error, errors.GatedRepoError)
     if isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo} has no revision {revision!r}"
         fix = f"use a revision that is listed on {page}/tree/main"
-    elif is_missing:
+    # A GatedRepoError is also a RepositoryNotFoundError, but a gated repository is not missing.
+    elif isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
+        error, errors.GatedRepoError
+    ):
         what = f"no {repo_type} {repo} is visible to you on the Hub"
         fix = f"check the name; if the repository is private, {LOGIN}"
         why = "the repository does not exist, or it is private and your token has no access"
