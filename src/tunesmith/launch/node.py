@@ -64,12 +64,12 @@ CPP_LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the agent's flags. The words after `--` are a command of tunesmith."""
     p = argparse.ArgumentParser(prog="python -m tunesmith.launch.node", description=__doc__)
-    p.add_argument("--nodes", default="1", metavar="N", help="number of nodes (default: 1)")
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     p.add_argument(
         "--ranks",
-        default="auto",
-        metavar="N|auto",
-        help="number of ranks on this node; auto: one per GPU, or one if there is no GPU",
+        type=int,
+        metavar="N",
+        help="number of ranks on this node (default: one per GPU, or one if there is no GPU)",
     )
     p.add_argument(
         "--endpoint",
@@ -132,10 +132,7 @@ def run_node(args: argparse.Namespace) -> int:
     if command == "train":
         recipe, *overrides = rest
         out = Path(load_recipe(recipe, overrides).output_dir)
-    args.nodes = positive_count(args.nodes, "--nodes")
-    ranks = count_gpus() or 1
-    if args.ranks != "auto":
-        ranks = positive_count(args.ranks, "--ranks")
+    ranks = args.ranks or count_gpus() or 1
     if args.debug:
         os.environ["TUNESMITH_DEBUG"] = "1"
         os.environ.setdefault("NCCL_DEBUG", "INFO")
@@ -312,17 +309,6 @@ def count_gpus() -> int:
     # CUDA ignores -1 and all devices after it.
     valid, _, _ = visible.partition("-1")
     return sum(1 for name in valid.split(",") if name.strip())
-
-
-def positive_count(text: str, where: str) -> int:
-    """Convert a text to an integer of at least 1. Raise UsageError for any other text."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(
-            f"{text} is not a whole number of at least 1",
-            where=where,
-            fix=f"use a positive whole number: {where} 2",
-        )
-    return int(text)
 
 
 if __name__ == "__main__":

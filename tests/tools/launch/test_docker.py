@@ -96,7 +96,7 @@ def test_no_value_adds_a_mount_or_a_flag(
     words = words_of(run)
     image, mounts = words.index("tunesmith"), mounts_in(words)
     assert {word.partition("=")[0] for word in words[:image]} <= FLAGS
-    agent = "python -m tunesmith.launch.node --ranks auto -- train".split()
+    agent = "python -m tunesmith.launch.node -- train".split()
     assert words[image + 1 : -1] == agent
     expected = {out, str(rows), str(model), *map(str, caches.values())}
     assert {mount["source"] for mount in mounts} == expected

@@ -138,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
         check_free(recipe.output_dir)
         if is_finished(recipe, "started"):
             return 0
-    flags = {"ranks": args.ranks or "auto", "restarts": args.restarts}
-    words = agent_words(write_recipe(recipe), debug=args.debug, **flags)
+    ranks = {"ranks": args.ranks} if args.ranks else {}
+    words = agent_words(write_recipe(recipe), debug=args.debug, restarts=args.restarts, **ranks)
     if not args.detach:
         return node.run_agent(words[2:])
     announce(local.detach(recipe, words), "trains in the background")

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-requeues",
-        type=_count,
+        type=int,
         default=5,
         metavar="N",
         help="maximum number of times that the job is requeued after the time limit or a lost node "
@@ -130,9 +130,3 @@ def run(args: argparse.Namespace) -> None:
     name = shell_word(job.name)
     stop = f"stop the job: tunesmith stop {name}; show the queue: squeue --me"
     notify(f"follow the log: tunesmith logs -f {name}; {stop}")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
-    return int(text)

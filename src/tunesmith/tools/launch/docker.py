@@ -130,7 +130,7 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
     # Pass only the names of the variables. Docker reads the values from its environment, so the
     # values are not visible in the command line.
     words += [f"--env={name}" for name in passed_variables(PASSED_TO_CONTAINER)]
-    words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug, ranks="auto")]
+    words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug)]
     return [safe_value(word, word.partition("=")[0]) for word in words]
 
 

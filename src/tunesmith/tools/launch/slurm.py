@@ -261,10 +261,6 @@ def _job_environment(request: JobRequest) -> dict[str, str]:
         # because the home folder differs in the container.
         environment = {key: value for key, value in environment.items() if "PATH" not in key}
         environment["HF_HOME"] = hub_home()
-    # Keep only the first of equal entries in PATH. Nested shells add entries repeatedly.
-    if "PATH" in environment:
-        entries = environment["PATH"].split(os.pathsep)
-        environment["PATH"] = os.pathsep.join(dict.fromkeys(entries))
     return environment
 
 

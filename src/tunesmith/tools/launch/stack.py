@@ -120,27 +120,25 @@ class Stack:
 
     def _volumes(self) -> list[dict[str, object]]:
         hub, datasets = self.cache
-        writable = [(self.run_dir, self.run_dir), (hub, HUB_FOLDER), (datasets, DATASETS_FOLDER)]
-        volumes: list[dict[str, object]] = [
-            {"type": "bind", "source": place, "target": path} for place, path in writable
+        binds = [
+            (self.run_dir, self.run_dir, False),
+            (hub, HUB_FOLDER, False),
+            (datasets, DATASETS_FOLDER, False),
+            *((place, path, True) for place, path in self.mounts),
         ]
-        volumes += [
-            {"type": "bind", "source": place, "target": path, "read_only": True}
-            for place, path in self.mounts
+        return [
+            *(
+                {"type": "bind", "source": place, "target": path, "read_only": read_only}
+                for place, path, read_only in binds
+            ),
+            {"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}},
         ]
-        volumes.append({"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}})
-        return volumes
 
     def _deploy(self) -> dict[str, object]:
-        # For 0 restarts, set the condition "none". `max_attempts: 0` would mean an unlimited number
-        # of restarts.
-        restart_policy: dict[str, object] = {"condition": "none"}
-        if self.restarts:
-            restart_policy = {
-                "condition": "on-failure",
-                "delay": "5s",
-                "max_attempts": self.restarts,
-            }
+        restart_policy = {"condition": "on-failure", "delay": "5s", "max_attempts": self.restarts}
+        # `max_attempts: 0` would mean an unlimited number of restarts.
+        if not self.restarts:
+            restart_policy = {"condition": "none"}
         deploy: dict[str, object] = {
             "mode": "replicated",
             "replicas": self.nodes,

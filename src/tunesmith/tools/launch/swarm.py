@@ -83,15 +83,13 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
                 "update --availability active NODE",
             )
     if count and len(chosen) != count:
-        found = f"the swarm has only {count_of(len(chosen), 'ready node')}"
-        fix = (
-            "add nodes with the command that `docker swarm join-token worker` prints, or use "
-            f"--nodes {len(chosen)}"
+        found = "this node and --hosts are" if hosts else "the swarm has only"
+        raise MachineError(
+            f"--nodes is {count}, but {found} {count_of(len(chosen), 'ready node')}",
+            where="docker node ls",
+            fix=f"use --nodes {len(chosen)}, name other --hosts, or add nodes with the command "
+            "that `docker swarm join-token worker` prints",
         )
-        if hosts:
-            found = f"this node and --hosts are {count_of(len(chosen), 'node')}"
-            fix = f"use --nodes {len(chosen)}, the number of --hosts plus 1, or correct --hosts"
-        raise MachineError(f"--nodes is {count}, but {found}", where="docker node ls", fix=fix)
     nodes = []
     for id_, host in chosen.items():
         info = ready[id_]
