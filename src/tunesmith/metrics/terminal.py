@@ -6,7 +6,7 @@ log.txt has every line that `log.every` selects.
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -135,7 +135,11 @@ class Terminal(Sink):
         if self._every.due(step, self.trained_seconds) or self._steps == 1 or step == self.total:
             self._show_step(record, count, time_left)
         if record.val_loss is not None:
-            self._show_validation(step, record.val_loss, record.extra)
+            line = f"step {step}  val_loss {record.val_loss:.4f}"
+            for name, value in record.extra.items():
+                if name.startswith(VALIDATION) and name.endswith("accuracy"):
+                    line += f"  {name} {value:.1%}"
+            self.text("validation", line)
 
     def _show_step(self, record: StepRecord, count: str, time_left: str) -> None:
         rate = f"{record.learning_rate:.1e}".replace("e-0", "e-")
@@ -152,13 +156,6 @@ class Terminal(Sink):
         if self._progress is None and may_show:
             self._shown_at = now
             self._show(line)
-
-    def _show_validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
-        line = f"step {step}  val_loss {loss:.4f}"
-        for name, value in metrics.items():
-            if name.startswith(VALIDATION) and name.endswith("accuracy"):
-                line += f"  {name} {value:.1%}"
-        self.text("validation", line)
 
     def _time_left(self, step: int) -> str:
         """Return the time left, estimated from the last 20 steps or from the duration.

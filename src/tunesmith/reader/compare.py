@@ -100,7 +100,13 @@ class Verdict(NamedTuple):
 def judge(runs: Sequence[RunFiles]) -> Verdict:
     """Return which run is better and why, or why this cannot be decided."""
     if len(runs) == 1:
-        return _describe_single_run(runs[0])
+        (run,) = runs
+        best = run.best_val_loss_text
+        text = "without val_loss" if best is None else f"lowest val_loss {best}"
+        is_unknown = best is None and not run.validation_hash
+        reason = "Without held-out rows the quality is unknown: data.hold_out: 5 %."
+        headline = f"{run.label}: {run.described_state}, {text}"
+        return Verdict("alone", headline, [reason] if is_unknown else [])
     verdict = _compare(runs)
     names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
     if names:
@@ -109,16 +115,6 @@ def judge(runs: Sequence[RunFiles]) -> Verdict:
             "Speed and memory are not comparable."
         )
     return verdict
-
-
-def _describe_single_run(run: RunFiles) -> Verdict:
-    headline = f"{run.label}: {run.described_state}"
-    best = run.best_val_loss_text
-    if best is not None:
-        return Verdict("alone", f"{headline}, lowest val_loss {best}", [])
-    reason = "Without held-out rows the quality is unknown: data.hold_out: 5 %."
-    reasons = [] if run.validation_hash else [reason]
-    return Verdict("alone", f"{headline}, without val_loss", reasons)
 
 
 class MeasuredRows(NamedTuple):

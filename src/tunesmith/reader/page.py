@@ -21,7 +21,7 @@ from tunesmith.reader.curves import COLORS, curves
 from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
 from tunesmith.reader.rollouts import RewardedGroup, read_groups
 from tunesmith.reader.run_files import RunFiles, end_fields
-from tunesmith.run_dir import RECIPE, ROLLOUTS, Fields, read_bytes, rollout_files, shown
+from tunesmith.run_dir import RECIPE, ROLLOUTS, read_bytes, rollout_files, shown
 from tunesmith.units import format_seconds
 
 REWARDED_PROMPTS = 4  # number of prompts whose sampled answers are shown with rewards
@@ -87,7 +87,9 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
         samples=samples,
         system=system,
         constants=constants,
-        reproduce=[_reproduce(run) for run in runs],
+        hashes=HASHES,
+        commands={run: _commands(run) for run in runs},
+        recipes={run: _recipe_text(run) for run in runs},
         # The page's security policy allows only the script with this hash. Therefore a text of a
         # run that looks like a script is not executed.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -142,9 +144,8 @@ def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
     conversations, system = conversations_of(sample["prompt"] for sample in samples)
     prompts = []
     for text, turns in conversations.items():
-        before = []
-        answers = []
-        others = []
+        answers: list[ShownAnswer] = []
+        others: list[ShownAnswer] = []
         for run in runs:
             run_samples = [sample for sample in run.samples if sample["prompt"] == text]
             # Show the answer of the final weights if there is one, else the newest answer.
@@ -153,32 +154,19 @@ def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
             for sample in run_samples:
                 step = sample["step"]
                 answer = whole_characters(sample["answer"])
-                shown_answer = ShownAnswer(run.label, step, answer, step == run.final_step)
-                if step == 0:
-                    before.append(shown_answer)
-                    answers.append(shown_answer)
-                elif sample in newest:
-                    answers.append(shown_answer)
-                else:
-                    others.append(shown_answer)
+                group = answers if step == 0 or sample in newest else others
+                group.append(ShownAnswer(run.label, step, answer, step == run.final_step))
 
         # Merge the answers before training into one answer if they are equal. They are equal if the
         # runs have the same base model.
-        if len(before) > 1 and len({answer.text for answer in before}) == 1:
+        before = [answer for answer in answers if answer.step == 0]
+        if len({answer.text for answer in before}) == 1:
             merged = before[0]._replace(label=", ".join(answer.label for answer in before))
             answers = [merged, *(answer for answer in answers if answer.step)]
         prompt_samples = [sample for sample in samples if sample["prompt"] == text]
-        rows = [sample["row"] or "" for sample in prompt_samples if sample.get("row")]
-        expected = [sample["expected"] or "" for sample in prompt_samples if sample.get("expected")]
-        prompts.append(
-            ShownPrompt(
-                shown(rows[0] if rows else ""),
-                turns,
-                expected[0] if expected else "",
-                answers,
-                others,
-            )
-        )
+        row = next(filter(None, (sample.get("row") for sample in prompt_samples)), "")
+        expected = next(filter(None, (sample.get("expected") for sample in prompt_samples)), "")
+        prompts.append(ShownPrompt(shown(row), turns, expected, answers, others))
     return prompts, system
 
 
@@ -203,30 +191,23 @@ def rewarded_prompts(run: RunFiles) -> list[ShownPrompt]:
     return prompts
 
 
-def _reproduce(run: RunFiles) -> Fields:
-    """Return the information that is needed to repeat a run. Parts that env.json lacks are None."""
-    env = run.env
-    recipe = run.folder / RECIPE
-    text = None
-    with suppress(OSError):
-        text = read_bytes(recipe).decode(errors="replace")
-
-    command = None
-    if env.get("command"):
-        program, *words = map(str, env["command"])
+def _commands(run: RunFiles) -> dict[str, str]:
+    """Return the command that started the run, if it is known, and a command that repeats it."""
+    commands = {}
+    if run.env.get("command"):
+        program, *words = map(str, run.env["command"])
         # `__main__.py` means that the command was `python -m tunesmith`.
         program = Path(program).name.replace("__main__.py", "tunesmith")
-        command = shell_command([program, *words])
-
+        commands["started by"] = shell_command([program, *words])
     output = shell_word(shown(f"output_dir={run.folder}-again"))
-    return {
-        "run": run,
-        "command": command,
-        "again": f"tunesmith train {shell_path(shown(recipe))} {output}",
-        "commit": env.get("commit"),
-        "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},
-        "recipe": text,
-    }
+    recipe = shell_path(shown(run.folder / RECIPE))
+    return commands | {"again": f"tunesmith train {recipe} {output}"}
+
+
+def _recipe_text(run: RunFiles) -> str:
+    with suppress(OSError):
+        return read_bytes(run.folder / RECIPE).decode(errors="replace")
+    return ""
 
 
 def _value(value: object) -> str:
