@@ -22,9 +22,8 @@ from huggingface_hub import (
     snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import filter_repo_objects
 from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Model
@@ -36,7 +35,7 @@ from tunesmith.host.files import (
     require_disk_space,
 )
 from tunesmith.hub.gguf import convert_gguf
-from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, unknown_model_name
+from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, repo_page, unknown_model_name
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import (
     INDEX,
@@ -133,13 +132,9 @@ def local_model(model: Model) -> Path | None:
             fix=f"{fix}; if the base model of a run was moved, set model.name in the run's "
             "config.yaml",
         )
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise hub_error(error, name, model.revision) from error
-    if "/" not in name and not isinstance(
-        try_to_load_from_cache(name, "config.json", revision=model.revision), str
-    ):
+    with hub_calls(name, model.revision):
+        cached = try_to_load_from_cache(name, "config.json", revision=model.revision)
+    if "/" not in name and not isinstance(cached, str):
         raise unknown_model_name(name)
     return None
 

@@ -191,9 +191,16 @@ class SwarmJob(Job):
             if ids:
                 run_on(manager, "docker", kind, "rm", *ids)
         unreachable = []
+        list_ids = ("docker", "ps", "--all", "--quiet", "--filter", label_filter)
+        # Wait until Swarm has removed the containers. Remove the remaining ones by force.
+        deadline = time.monotonic() + REMOVE_SECONDS
         for host in self.hosts():
             try:
-                _remove_containers(host, label_filter)
+                while run_on(host, *list_ids) and time.monotonic() < deadline:
+                    time.sleep(POLL)
+                ids = run_on(host, *list_ids).split()
+                if ids:
+                    try_on(host, "docker", "rm", "--force", *ids)
             except MachineError:
                 unreachable.append(host)
         return unreachable
@@ -202,17 +209,3 @@ class SwarmJob(Job):
 def _task_state(task: dict[str, str]) -> str:
     """Return the state of a task, such as `Running` from `Running 3 minutes ago`."""
     return task["CurrentState"].split()[0]
-
-
-def _remove_containers(host: str, label_filter: str) -> None:
-    """Wait until Swarm has removed a node's containers. Remove the remaining ones by force."""
-    deadline = time.monotonic() + REMOVE_SECONDS
-    # Check the deadline only at the end of the loop, so that the containers are listed at least
-    # once.
-    while True:
-        ids = run_on(host, "docker", "ps", "--all", "--quiet", "--filter", label_filter).split()
-        if not ids:
-            return
-        time.sleep(POLL)
-        if time.monotonic() > deadline:
-            try_on(host, "docker", "rm", "--force", *ids)

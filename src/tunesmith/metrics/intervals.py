@@ -88,7 +88,7 @@ class PairedIntervals(NamedTuple):
 def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
     """Compute the mean and its interval for the scores of one model. Scores are from 0 to 1."""
     values = np.asarray(scores, np.float64)
-    if _is_constant(values):
+    if np.ptp(values) == 0:
         return _constant_interval(values, 0.0)
     if _is_right_or_wrong(values):
         return share_interval(int(values.sum()), len(values))
@@ -109,17 +109,13 @@ def paired_intervals(
 
     # If all differences are equal, all resamples are equal too, so a bootstrap gives no interval.
     # The sample shows only that other differences are rare.
-    if _is_constant(differences):
+    if np.ptp(differences) == 0:
         difference = _constant_interval(differences, -1.0)
     elif chance is not None:
         difference = paired_share_interval(won, lost, len(pairs))
     else:
         difference = _bootstrap_interval(differences, -1.0, resamples)
     return PairedIntervals(difference, differing, chance)
-
-
-def _is_constant(values: np.ndarray) -> bool:
-    return bool(values.min() == values.max())
 
 
 def _is_right_or_wrong(values: np.ndarray) -> bool:

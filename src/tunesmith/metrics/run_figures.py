@@ -192,14 +192,11 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
     if figures.loss is not None and averaged < len(records):
         rows["loss"] += f" (mean of the last {averaged}: {figures.loss:.4f})"
 
-    val_losses = [value for value in figures.column("val_loss") if value is not None]
+    val_losses = list(figures.validations.values())
     if val_losses:
-        text = f"{val_losses[0]:.4f}"
-        if len(val_losses) > 1:
-            text += f" -> {val_losses[-1]:.4f}"
-            step = figures.best_step
-            if step is not None:
-                text += f", best {figures.validations[step]:.4f} at step {step}"
-        rows["val_loss"] = text
+        rows["val_loss"] = f"{val_losses[0]:.4f}"
+    if len(val_losses) > 1:
+        best = f"best {min(val_losses):.4f} at step {figures.best_step}"
+        rows["val_loss"] += f" -> {val_losses[-1]:.4f}, {best}"
     rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
     return rows

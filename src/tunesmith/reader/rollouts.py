@@ -57,14 +57,12 @@ def rollout_lines(folder: Path, step: str) -> Iterator[str]:
     """
     files = {str(number): path for number, path in rollout_files(folder / ROLLOUTS).items()}
     if step not in files:
-        kept = ", ".join(files)
         raise UsageError(
             f"there are no sampled answers of step {step}",
             where=folder / ROLLOUTS,
-            why=f"a run keeps the answers of its newest steps, here {kept}"
-            if files
-            else "the folder is not a run with method grpo, or no step is finished",
-            fix=f"use one of the steps {kept}" if files else "correct the folder",
+            why="a run with method grpo keeps the answers of its newest steps, here: "
+            f"{', '.join(files) or 'none'}",
+            fix="use one of these steps, or correct the folder",
         )
     try:
         groups = read_groups(files[step])

@@ -139,12 +139,21 @@ def _prepare_nodes(run: Run, job: SwarmJob, nodes: Sequence[SwarmNode], stack: S
 
 
 def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None) -> None:
-    """Deploy the stack to the swarm. If the deployment fails, remove everything that it created."""
+    """Deploy the stack with the Hub's token and the user's keys of trackers as secrets.
+
+    If the deployment fails, remove everything that it created.
+    """
     # Catch BaseException, because a service or secrets must be removed after ctrl-C too.
     try:
         # Remove the remains of an earlier launch.
         job.clean()
-        stack = replace(stack, secrets=create_secrets(stack.name, manager))
+        label = f"{JOB_LABEL}={stack.name}"
+        for source, content in find_secrets().items():
+            secret = f"{stack.name}-{source.lower()}-{time.time_ns()}"
+            # The value is sent over standard input, so it appears in no file, command line or log.
+            create = ("docker", "secret", "create", "--label", label, secret, "-")
+            run_on(manager, *create, text=content)
+            stack = replace(stack, secrets=(*stack.secrets, (source, secret)))
         flags = ("--resolve-image", "never", "--compose-file", "-")
         run_on(manager, "docker", "stack", "deploy", *flags, stack.name, text=stack.text(extra))
     except BaseException:
@@ -285,18 +294,3 @@ def hub_files(run: Run) -> list[str]:
         paths.append(repo_cache(source.source, "dataset"))
         paths.append(Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")))
     return [str(path.absolute()) for path in paths if path.exists()]
-
-
-def create_secrets(name: str, manager: str) -> tuple[tuple[str, str], ...]:
-    """Create secrets of the swarm with the Hub's token and the user's keys of experiment trackers.
-
-    Return them in the format of `Stack.secrets`. The values are sent over standard input, so they
-    appear in no file, command line or log.
-    """
-    label = f"{JOB_LABEL}={name}"
-    secrets = []
-    for source, content in find_secrets().items():
-        secret = f"{name}-{source.lower()}-{time.time_ns()}"
-        run_on(manager, "docker", "secret", "create", "--label", label, secret, "-", text=content)
-        secrets.append((source, secret))
-    return tuple(secrets)

@@ -24,6 +24,7 @@ DATASETS_FOLDER = "/cache/datasets"
 # Keys of the stack file whose lists are replaced by the lists in the user's file. The lists of all
 # other keys are extended.
 _REPLACED_KEYS = ("command", "entrypoint")
+Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Stack:
     cache: tuple[str, str]
     gpus: tuple[str, int] | None = None
     excluded: tuple[str, ...] = ()
-    mounts: tuple[tuple[str, str], ...] = ()
-    secrets: tuple[tuple[str, str], ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
+    mounts: Pairs = ()
+    secrets: Pairs = ()
+    environment: Pairs = ()
     debug: bool = False
 
     def values(self) -> dict[str, object]:

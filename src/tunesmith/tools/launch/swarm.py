@@ -60,10 +60,11 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     if not swarm["ControlAvailable"]:
         manager = _host_of_endpoint(swarm["RemoteManagers"][0]["Addr"])
     ids = run_on(manager, "docker", "node", "ls", "--quiet").split()
-    ready = {}
-    for info in json.loads(run_on(manager, "docker", "node", "inspect", *ids)):
-        if info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active":
-            ready[info["ID"]] = info
+    ready = {
+        info["ID"]: info
+        for info in json.loads(run_on(manager, "docker", "node", "inspect", *ids))
+        if info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
+    }
     # Node id -> host name for ssh, or "" if the user gave no host name. This node is always
     # selected and comes first.
     chosen = {swarm["NodeID"]: ""}
