@@ -14,7 +14,6 @@ from tunesmith.metrics.intervals import (
     PairedIntervals,
     difference_sentence,
     expanded_tail,
-    loss_sentence,
     mcnemar_chance,
     mean_interval,
     paired_intervals,
@@ -75,7 +74,7 @@ def test_equally_good_models_are_told_apart_in_at_most_five_percent() -> None:
         for won in range(lost + 1, rows + 1 - lost):
             difference = paired_share_interval(won, lost, rows)
             chance = mcnemar_chance(won, lost)
-            if PairedIntervals(difference, won + lost, chance).is_apart:
+            if PairedIntervals(difference, won + lost, chance, rows).is_apart:
                 apart.append((won, won + lost))
     for share in (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8):
         differ = exact_probabilities(rows, share)
@@ -109,7 +108,7 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
 )  # fmt: skip
 def test_one_sentence_says_better_worse_or_not_told_apart(won, lost, same, verdict, said):
     found = pairs(won, lost, same)
-    sentence = difference_sentence("exact", found, won + lost + same)
+    sentence = difference_sentence("exact", found)
     assert holds(sentence, verdict, *said)
     assert [word for word in ("better", "worse", "no") if holds(sentence, word)] == [verdict]
     assert found.differing == won + lost
@@ -126,14 +125,23 @@ def test_of_rows_of_one_length_the_interval_of_losses_is_students() -> None:
     """Of the rows' differences: -0.1, 0.0, ..., 0.8, with t of 9 degrees of freedom, 2.2622."""
     differences = [0.1 * (i - 1) for i in range(10)]
     found = paired_losses([4.0] * 10, [4.0 + 4 * d for d in differences], [4] * 10)
-    assert found.interval is not None
     reach = 2.2622 * float(np.std(differences, ddof=1)) / math.sqrt(10)
     assert (found.rows, found.differing) == (10, 9)
-    assert found.interval == pytest.approx((0.35, 0.35 - reach, 0.35 + reach), abs=1e-4)
+    assert found.difference == pytest.approx((0.35, 0.35 - reach, 0.35 + reach), abs=1e-4)
     assert found.is_apart
-    said = loss_sentence(found, first="one", second="other")
+    said = difference_sentence("loss", found, first="one", second="other")
     ends = f"{0.35 - reach:+.4f} to {0.35 + reach:+.4f}"
     assert holds(said, "other", "worse", "one", "10 rows", "0.3500", ends)
+
+
+@pytest.mark.parametrize(
+    "losses", [[1.0] * 10, [2.0] * 5 + [1.0] * 5, [math.nan] * 10, [math.inf] * 10]
+)
+def test_losses_without_an_interval_are_not_told_apart(losses: list[float]) -> None:
+    found = paired_losses([1.0] * 10, losses, [4] * 10)
+    assert not found.is_apart
+    sentence = difference_sentence("loss", found)
+    assert holds(sentence, "finite" if not math.isfinite(losses[0]) else "no significant")
 
 
 def test_the_interval_of_losses_holds_where_long_rows_are_unlike_short_ones() -> None:
@@ -145,9 +153,8 @@ def test_the_interval_of_losses_holds_where_long_rows_are_unlike_short_ones() ->
         # Long rows gain more: a mean of the rows' means would be off.
         gains = -0.002 * tokens + rng.normal(0, 0.3, 40)
         found = paired_losses(2.0 * tokens, (2.0 + gains) * tokens, tokens.tolist())
-        assert found.interval is not None
         # E[n (-0.002 n)] / E[n] over 5 to 99.
         sizes = np.arange(5, 100)
         true = -0.002 * float((sizes**2).mean() / sizes.mean())
-        held += found.interval.low <= true <= found.interval.high
+        held += found.difference.low <= true <= found.difference.high
     assert 0.92 <= held / 400 <= 0.98

@@ -49,7 +49,9 @@ DRAWS_AT_ONCE = 1 << 22
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its 95 % confidence interval."""
+    """A mean and the ends of its 95 % confidence interval. The ends are infinite if too few rows
+    differ for an interval.
+    """
 
     mean: float
     low: float
@@ -64,16 +66,19 @@ class PairedIntervals(NamedTuple):
     """The difference of two models on the same rows, with its interval.
 
     Attributes:
-        difference: score of the tuned model minus score of the base.
-        differing: number of rows with different scores.
+        difference: score of the second model minus score of the first, or the same for losses in
+            nats per token.
+        differing: number of rows with different scores or losses.
         chance: p-value of McNemar's mid-p test. This is the probability that two equally good
-            models give a result that favors one of them at least as clearly. None for scores other
-            than 0 and 1.
+            models give a result that favors one of them at least as clearly. None for losses, and
+            for scores other than 0 and 1.
+        rows: number of rows. For losses, only rows with supervised tokens count.
     """
 
     difference: Interval
     differing: int
     chance: float | None
+    rows: int
 
     @property
     def is_apart(self) -> bool:
@@ -115,7 +120,7 @@ def paired_intervals(
         difference = paired_share_interval(won, lost, len(pairs))
     else:
         difference = _bootstrap_interval(differences, -1.0, resamples)
-    return PairedIntervals(difference, differing, chance)
+    return PairedIntervals(difference, differing, chance, len(pairs))
 
 
 def _is_right_or_wrong(values: np.ndarray) -> bool:
@@ -249,30 +254,9 @@ def students_t(count: int) -> float:
     return float(stdtrit(count - 1, 1 - TAIL_PROBABILITY))
 
 
-class LossDifference(NamedTuple):
-    """The difference of two models' losses on the same rows.
-
-    Attributes:
-        rows: number of rows with supervised tokens.
-        differing: number of these rows with different losses.
-        mean: loss of the second model minus loss of the first, in nats per token.
-        interval: interval of the mean. None if fewer than MIN_DIFFERING rows differ.
-    """
-
-    rows: int
-    differing: int
-    mean: float
-    interval: Interval | None
-
-    @property
-    def is_apart(self) -> bool:
-        """Return whether the difference is significant at the 5 % level."""
-        return self.interval is not None and not self.interval.has_zero
-
-
 def paired_losses(
     first: Sequence[float], second: Sequence[float], tokens: Sequence[int]
-) -> LossDifference:
+) -> PairedIntervals:
     """Compute the difference of two models' losses, with its interval.
 
     Args:
@@ -289,79 +273,38 @@ def paired_losses(
     total_tokens = float(counts.sum())
     mean = float(differences.sum()) / total_tokens if rows else math.nan
 
+    interval = Interval(mean, -math.inf, math.inf)
     # A mean that is not finite has no interval.
-    if differing < MIN_DIFFERING or not math.isfinite(mean):
-        return LossDifference(rows, differing, mean, None)
-    residuals = differences - mean * counts
-    squares = float((residuals**2).sum())
-    reach = students_t(rows) * (math.sqrt(squares * rows / (rows - 1)) / total_tokens)
-    return LossDifference(rows, differing, mean, Interval(mean, mean - reach, mean + reach))
-
-
-def loss_sentence(difference: LossDifference, *, first: str = "base", second: str = "tuned") -> str:
-    """Return a sentence that says whether the second model's loss is significantly better or
-    worse.
-    """
-    rows = count_of(difference.rows, "row")
-    mean = difference.mean
-    if not math.isfinite(mean):
-        return f"loss: {second} cannot be compared with {first}: a loss is not finite"
-    figures = f"{mean:+.4f} nats per token"
-    if difference.interval is None:
-        needed = f"different rows: {difference.differing}, but at least {MIN_DIFFERING} are needed"
-        return f"loss: {second} minus {first} is {figures} on {rows}; {needed}"
-
-    _, low, high = difference.interval
-    figures += f", 95 % interval {low:+.4f} to {high:+.4f}"
-    if not difference.is_apart:
-        reach = high - mean
-        figures += f"; {rows} like these can show a difference of about {reach:.4f} or more"
-    change = -mean if difference.is_apart else 0.0
-    return _verdict("loss", change, rows, figures, first=first, second=second)
+    if differing >= MIN_DIFFERING and math.isfinite(mean):
+        residuals = differences - mean * counts
+        squares = float((residuals**2).sum())
+        reach = students_t(rows) * (math.sqrt(squares * rows / (rows - 1)) / total_tokens)
+        interval = Interval(mean, mean - reach, mean + reach)
+    return PairedIntervals(interval, differing, None, rows)
 
 
 def difference_sentence(
-    name: str,
-    intervals: PairedIntervals,
-    rows: int,
-    *,
-    first: str = "base",
-    second: str = "tuned",
+    name: str, found: PairedIntervals, *, first: str = "base", second: str = "tuned"
 ) -> str:
-    """Return a sentence that says whether the second model is significantly better or worse."""
-    mean, low, high = intervals.difference
-    differing = intervals.differing
-    chance = intervals.chance
-    figures = f"{points(mean)} points, 95 % interval {points(low)} to {points(high)}"
-    row_count = count_of(rows, "row")
-
-    if intervals.is_apart:
-        return _verdict(name, mean, row_count, figures, first=first, second=second)
-    if not differing:
-        figures += "; their scores are equal on every row"
-    elif differing < MIN_DIFFERING:
-        figures += f"; different rows: only {differing}, which can be chance"
-    elif chance is not None and not intervals.difference.has_zero:
-        figures += f"; chance alone causes such a difference in {chance:.1%} of evaluations"
-    return _verdict(name, 0.0, row_count, figures, first=first, second=second)
-
-
-def _verdict(
-    name: str, improvement: float, rows: str, figures: str, *, first: str, second: str
-) -> str:
-    """Return the sentence that says which of two models is better.
+    """Return a sentence that says whether the second model is significantly better or worse.
 
     Args:
-        name: the score or the loss that is compared.
-        improvement: how much better the second model is. 0 if the difference is not significant.
-        rows: the number of rows, such as "20 rows".
+        name: the scorer, or `loss`.
     """
-    if improvement:
-        direction = "better" if improvement > 0 else "worse"
+    rows = count_of(found.rows, "row")
+    scale, digits, unit = (1, 4, "nats per token") if name == "loss" else (100, 1, "points")
+    mean, low, high = (scale * value for value in found.difference)
+    if not math.isfinite(mean):
+        return f"{name}: {second} cannot be compared with {first}: a loss is not finite"
+    figures = f"{mean:+.{digits}f} {unit}"
+    if math.isfinite(low):
+        figures += f", 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+    if found.is_apart:
+        is_better = mean < 0 if name == "loss" else mean > 0
+        direction = "better" if is_better else "worse"
         return f"{name}: {second} is {direction} than {first} on these {rows} ({figures})"
+    if found.differing < MIN_DIFFERING:
+        figures += f"; different rows: {found.differing}, but at least {MIN_DIFFERING} are needed"
+    elif found.chance is not None and not found.difference.has_zero:
+        figures += f"; chance alone causes such a difference in {found.chance:.1%} of evaluations"
     return f"{name}: no significant difference between {second} and {first} on {rows} ({figures})"
-
-
-def points(share: float) -> str:
-    """Format a difference of fractions in percentage points, with its sign."""
-    return f"{100 * share:+.1f}"

@@ -6,6 +6,7 @@ training loss or val_loss has no such interval, so it cannot show which run is b
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -15,7 +16,6 @@ from tunesmith.config.dump import is_free, leaves
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.intervals import (
     difference_sentence,
-    loss_sentence,
     paired_intervals,
     paired_losses,
 )
@@ -256,11 +256,11 @@ def _compare_rows(
     # If the rows are preference pairs, `tokens` is None and the values are 0 or 1.
     if tokens is None:
         paired = paired_intervals(first, second)
-        sentence = difference_sentence(PAIRS, paired, len(first), **names)
-        return sentence, paired.is_apart
-
-    loss = paired_losses(first, second, tokens)
-    return loss_sentence(loss, **names), loss.is_apart if loss.interval else None
+        sentence = difference_sentence(PAIRS, paired, **names)
+    else:
+        paired = paired_losses(first, second, tokens)
+        sentence = difference_sentence("loss", paired, **names)
+    return sentence, paired.is_apart if math.isfinite(paired.difference.low) else None
 
 
 def _differences(first: RunFiles, second: RunFiles) -> str:

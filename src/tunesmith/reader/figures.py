@@ -1,5 +1,6 @@
 """The tables that compare runs: results of training, results of `eval`, and environments."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -135,8 +136,8 @@ def _losses_text(losses: dict[str, float | None], rows: RowLosses | None) -> str
     text = "not finite" if tuned is None else f"{tuned:.4f}"
     if rows:
         zeros = [0.0] * len(rows["tuned"])
-        own = paired_losses(zeros, rows["tuned"], rows["tokens"]).interval
-        if own is not None:
+        own = paired_losses(zeros, rows["tuned"], rows["tokens"]).difference
+        if math.isfinite(own.low):
             # Limit the interval, because a loss is never below 0.
             text += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
 
@@ -145,9 +146,8 @@ def _losses_text(losses: dict[str, float | None], rows: RowLosses | None) -> str
         return text
     text += f", base {base:.4f}"
     if rows and rows.get("base"):
-        difference = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).interval
-        if difference is not None:
-            mean, low, high = difference
+        mean, low, high = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).difference
+        if math.isfinite(low):
             text += f": {mean:+.4f} ({low:+.4f} to {high:+.4f})"
     return text
 

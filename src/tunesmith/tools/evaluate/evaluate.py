@@ -49,7 +49,12 @@ from tunesmith.inference.load_run import (
 )
 from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import TrainModel, evaluating, supervised_positions
-from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence, paired_losses
+from tunesmith.metrics.intervals import (
+    Interval,
+    PairedIntervals,
+    difference_sentence,
+    paired_losses,
+)
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.presentation.data import layout_lines
 from tunesmith.run_dir import PAIRS, weights_step
@@ -153,7 +158,7 @@ class Evaluation(Tabular):
         return score_table(self.data, self.scores, intervals, notes)
 
     @property
-    def loss_difference(self) -> LossDifference | None:
+    def loss_difference(self) -> PairedIntervals | None:
         """Loss of the tuned model minus loss of the base model, with a confidence interval.
 
         None if the base was not evaluated, or if the rows are pairs. For pairs the difference is
@@ -168,7 +173,7 @@ class Evaluation(Tabular):
         """Return a sentence for the loss and each scorer: whether the tuned model is better."""
         verdicts = []
         if self.loss_difference is not None:
-            verdicts.append(loss_sentence(self.loss_difference))
+            verdicts.append(difference_sentence("loss", self.loss_difference))
         return verdicts + [scores.verdict for scores in self.by_scorer if scores.verdict]
 
     def warnings(self) -> list[str]:

@@ -10,8 +10,8 @@ from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
 from tunesmith.metrics.intervals import (
     Interval,
+    PairedIntervals,
     difference_sentence,
-    loss_sentence,
     paired_intervals,
     paired_losses,
 )
@@ -35,7 +35,7 @@ class RowComparison:
         is_better: whether the difference is significant.
         verdict: the result in a sentence.
         mean: mean difference, `best` minus `other`.
-        interval: confidence interval of the mean; None if too few rows differ.
+        interval: confidence interval of the mean; infinite if too few rows differ.
     """
 
     name: str
@@ -44,7 +44,7 @@ class RowComparison:
     is_better: bool
     verdict: str
     mean: float
-    interval: Interval | None
+    interval: Interval
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,7 @@ def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowCompariso
     for other, result in results.items():
         if other != best:
             loss = paired_losses(result.row_losses, results[best].row_losses, result.row_tokens)
-            verdict = loss_sentence(loss, first=other, second=best)
-            yield RowComparison(
-                "loss", best, other, loss.is_apart, verdict, loss.mean, loss.interval
-            )
+            yield _comparison("loss", loss, best, other)
 
 
 def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator[RowComparison]:
@@ -241,9 +238,10 @@ def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator
     for other, scores in by_row.items():
         if other != best:
             paired = paired_intervals(scores, by_row[best])
-            name = row_scores.name
-            verdict = difference_sentence(name, paired, len(scores), first=other, second=best)
-            interval = paired.difference
-            yield RowComparison(
-                name, best, other, paired.is_apart, verdict, interval.mean, interval
-            )
+            yield _comparison(row_scores.name, paired, best, other)
+
+
+def _comparison(name: str, paired: PairedIntervals, best: str, other: str) -> RowComparison:
+    verdict = difference_sentence(name, paired, first=other, second=best)
+    interval = paired.difference
+    return RowComparison(name, best, other, paired.is_apart, verdict, interval.mean, interval)

@@ -17,7 +17,7 @@ from tunesmith.distributed.ranks import (
     started_as,
 )
 from tunesmith.host.streams import width_of
-from tunesmith.metrics.intervals import Interval, loss_sentence
+from tunesmith.metrics.intervals import Interval, difference_sentence
 from tunesmith.tools.evaluate.decoding_options import read_decoding
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
@@ -103,8 +103,8 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         loss = result.loss_difference
         report["loss_difference"] = {
             "rows": loss.rows,
-            **difference_as_json(loss.mean, loss.interval),
-            "verdict": loss_sentence(loss),
+            **difference_as_json(loss.difference),
+            "verdict": difference_sentence("loss", loss),
         }
     if result.seen is not None:
         report["seen"] = result.seen.count
@@ -120,8 +120,8 @@ def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str
     comparisons = []
     for comparison in result.comparisons:
         values = vars(comparison).copy()
-        difference = difference_as_json(values.pop("mean"), values.pop("interval"))
-        comparisons.append({**values, **difference})
+        del values["mean"]
+        comparisons.append({**values, **difference_as_json(values.pop("interval"))})
     return {"runs": runs, "comparisons": comparisons, "not_compared": result.obstacles}
 
 
@@ -130,13 +130,12 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def difference_as_json(mean: float, interval: Interval | None) -> dict[str, float | None]:
-    """Return a mean difference and its interval for JSON.
+def difference_as_json(interval: Interval) -> dict[str, float | None]:
+    """Return a mean difference for JSON.
 
     The ends of the interval are None if there are too few rows for an interval.
     """
-    low, high = (None, None) if interval is None else interval[1:]
-    return {"mean": finite_or_none(mean), "low": low, "high": high}
+    return {name: finite_or_none(value) for name, value in interval._asdict().items()}
 
 
 def scores_as_json(scores: RowScores) -> dict[str, object]:

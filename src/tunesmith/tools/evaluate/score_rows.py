@@ -317,7 +317,7 @@ def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:
     if not {"base", "tuned"} <= scores.keys():
         return RowScores(name, count, models, None, "", scores)
     paired = paired_intervals(scores["base"], scores["tuned"])
-    verdict = difference_sentence(name, paired, count)
+    verdict = difference_sentence(name, paired)
     return RowScores(name, count, models, paired, verdict, scores)
 
 
