@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,52 +247,45 @@ class TensorBoardSink(Sink):
             ) from None
         self._hook = threading.excepthook
         threading.excepthook = self._hide_tensorboard_traceback
-        self._add(self._writer.add_text, "recipe", f"```yaml\n{dump(run)}```", resumed_at)
+        self._call(self._writer.add_text, "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
         for name, value in record.tagged().items():
-            self._add(self._writer.add_scalar, name, value, record.step)
+            self._call(self._writer.add_scalar, name, value, record.step)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):
             parts = (f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items())
-            self._add(self._writer.add_text, f"sample/{number}", "\n\n".join(parts), step)
+            self._call(self._writer.add_text, f"sample/{number}", "\n\n".join(parts), step)
 
     def text(self, title: str, body: str) -> None:
-        self._add(self._writer.add_text, title, _verbatim(body))
+        self._call(self._writer.add_text, title, _verbatim(body))
 
     def flush(self) -> None:
-        with self._suppress_errors():
-            self._writer.flush()
+        self._call(self._writer.flush)
 
     def close(self) -> None:
         if self._writer is not None:
-            with self._suppress_errors():
-                self._writer.close()
+            self._call(self._writer.close)
             if threading.excepthook == self._hide_tensorboard_traceback:
                 threading.excepthook = self._hook
 
     def _hide_tensorboard_traceback(self, fault: threading.ExceptHookArgs) -> None:
-        """Print no traceback for an error in TensorBoard's thread, because `_suppress_errors` logs
+        """Print no traceback for an error in TensorBoard's thread, because `_call` logs
         it.
         """
         if not type(fault.thread).__module__.startswith("tensorboard"):
             self._hook(fault)
 
-    def _add(self, add: Callable[..., object], *values: object) -> None:
-        with self._suppress_errors():
-            add(*values)
-
-    @contextlib.contextmanager
-    def _suppress_errors(self) -> Iterator[None]:
-        """Log the first OSError of TensorBoard and ignore all later ones. No data is lost, because
-        metrics.jsonl has all records.
+    def _call(self, write: Callable[..., object], *values: object) -> None:
+        """Call a method of the writer. Log the first OSError of TensorBoard and ignore all later
+        ones. No data is lost, because metrics.jsonl has all records.
 
         After an error in TensorBoard's thread, each later call of the writer raises this error
         again.
         """
         try:
-            yield
+            write(*values)
         except OSError as error:
             if not self._has_failed:
                 self._has_failed = True
