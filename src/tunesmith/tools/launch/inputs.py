@@ -74,17 +74,14 @@ def check_exposed(path: Path, *, system: Iterable[str] = SYSTEM_FOLDERS) -> None
     from huggingface_hub import constants
 
     home = Path.home()
-    private = [Path(folder) for folder in system]
-    private += [home / name for name in PRIVATE_NAMES]
-    private += [Path(constants.HF_TOKEN_PATH), home]
-    private += [folder.resolve() for folder in private]
-    # Check a symbolic link by its own path and by its target.
-    for place in (path, path.resolve()):
-        for folder in private:
-            is_above = folder.is_relative_to(place)
+    private = [*map(Path, system), *(home / name for name in PRIVATE_NAMES), home]
+    private.append(Path(constants.HF_TOKEN_PATH))
+    for folder in [*private, *(folder.resolve() for folder in private)]:
+        # Check a symbolic link by its own path and by its target.
+        for place in (path, path.resolve()):
             # A path inside the home folder is allowed, but the home folder itself is not.
-            is_inside = folder not in (home, home.resolve()) and place.is_relative_to(folder)
-            if is_above or is_inside:
+            is_inside = place.is_relative_to(folder) and folder not in (home, home.resolve())
+            if is_inside or folder.is_relative_to(place):
                 raise UsageError(
                     f"{path} cannot be mounted in a container",
                     where=path,

@@ -239,13 +239,19 @@ def train_candidates(
     # Write sweep.json before the first candidate trains, so that the sweep can be resumed.
     write()
     for number, (run, candidate) in enumerate(zip(runs, candidates, strict=True), 1):
-        folder = Path(run.output_dir)
-        outcome = read_outcome(folder, compared_by, ranks)
+        name = candidate["name"]
+        outcome = read_outcome(Path(run.output_dir), compared_by, ranks)
         if outcome is None:
-            place = f"candidate {number} of {len(runs)}"
-            log.info(f"{candidate['name']}: training {place} up to step {fixed['steps']}")
+            log.info(
+                f"{name}: training candidate {number} of {len(runs)} up to step {fixed['steps']}"
+            )
+            control = StopControl(stop, Path(run.output_dir), ranks)
+            options = StartOptions(quiet=True, argv=argv, build_session=shared.build)
             try:
-                train_candidate(pinned(run, fixed), shared, stop, argv)
+                # Print only messages of the sweep and of stop signals. The messages of a candidate
+                # are written to the candidate's log.txt.
+                with stderr_only_from(log.name, signals.__name__):
+                    start_run(pinned(run, fixed), control, ranks, options)
             except StoppedError as error:
                 if isinstance(error, LowMemoryError):
                     error.fix = (
@@ -255,35 +261,21 @@ def train_candidates(
                 result["stopped"] = error.what
                 write()
                 raise
-            outcome = read_outcome(folder, compared_by, ranks)
+            except NonFiniteError:
+                pass  # the candidate has diverged
+            except OtherRankError as error:
+                # Rank 0 raises NonFiniteError. The other ranks raise an OtherRankError with this
+                # cause.
+                if not isinstance(error.__cause__, NonFiniteError):
+                    raise
+            outcome = read_outcome(Path(run.output_dir), compared_by, ranks)
             assert outcome is not None
-        step, loss = outcome
+        candidate["step"], loss = outcome
+        candidate["state"] = "finished" if math.isfinite(loss) else "diverged"
         # Store None for an infinite loss, because JSON has no infinity.
         candidate["loss"] = loss if math.isfinite(loss) else None
-        candidate["state"] = "finished" if math.isfinite(loss) else "diverged"
-        candidate["step"] = step
         write()
-        shown = f"step {step}  {compared_by} {loss:.4f}  {candidate['state']}"
-        log.info(f"{candidate['name']}: {shown}")
-
-
-def train_candidate(
-    run: Run, shared: SharedBase, stop: StopRequest, argv: list[str] | None
-) -> None:
-    """Train one candidate until it is finished or its loss is not finite."""
-    ranks = shared.ranks
-    try:
-        # Print only messages of the sweep and of stop signals. The messages of a candidate are
-        # written to the candidate's log.txt.
-        with stderr_only_from(log.name, signals.__name__):
-            options = StartOptions(quiet=True, argv=argv, build_session=shared.build)
-            start_run(run, StopControl(stop, Path(run.output_dir), ranks), ranks, options)
-    except NonFiniteError:
-        pass
-    except OtherRankError as error:
-        # Rank 0 raises NonFiniteError. The other ranks raise an OtherRankError with this cause.
-        if not isinstance(error.__cause__, NonFiniteError):
-            raise
+        log.info(f"{name}: step {outcome[0]}  {compared_by} {loss:.4f}  {candidate['state']}")
 
 
 def read_outcome(folder: Path, compared_by: str, ranks: Ranks) -> tuple[int, float] | None:
