@@ -43,17 +43,8 @@ while time.monotonic() < begin + 1:
     count += 10
 print("TFLOP/s", 2 * 4096**3 * count / (time.monotonic() - begin) / 1e12)
 """
-# Program that prints the versions of Python, tunesmith and torch. It calls `distributions` instead
-# of `version`, because `version` raises an error if a package is not installed.
-VERSIONS_PROGRAM = """
-import importlib.metadata, json, platform
-versions = {"python": platform.python_version()}
-for name in ("tunesmith", "torch"):
-    for distribution in importlib.metadata.distributions(name=name):
-        versions[name] = distribution.version
-        break
-print(json.dumps(versions))
-"""
+# Program that prints the version of torch. It fails if torch is not installed.
+VERSION = "import importlib.metadata; print(importlib.metadata.version('torch'))"
 # Pattern for names of network functions of a ConnectX port. A DGX Spark has two functions per port,
 # because the GB10 reaches the port over two PCIe links. For example, enp1s0f1np1 and enP2p1s0f1np1
 # are functions of the same port. The regex group captures the number of the port.
@@ -137,19 +128,6 @@ class System:
         return {"refused": "; ".join(info.get("ServerErrors") or [errors]), "absent": code == 127}
 
     @functools.cached_property
-    def versions(self) -> dict[str, str]:
-        """Software versions that must be the same on both nodes of a pair."""
-        versions = {"kernel": os.uname().release}
-        if self.gpus:
-            versions["driver"] = self.gpus[0]["driver"]
-        code, out, _ = self.run(self.python, "-c", VERSIONS_PROGRAM)
-        if code == 0:
-            # Parse only the last line, because modules that Python imports at its start may print
-            # other lines.
-            versions.update(json.loads(out.rpartition("\n")[2]))
-        return versions
-
-    @functools.cached_property
     def cable(self) -> list[dict[str, Any]]:
         """The network interfaces of the port with the cable, in the format of `ip -j addr`.
 
@@ -208,7 +186,8 @@ def _driver(system: System) -> Findings:
 
 def _torch(system: System) -> Findings:
     """Check that torch runs on the GPU, and that a GB10 is not in a low-power state."""
-    version = system.versions.get("torch")
+    # Use only the last line, because modules that Python imports at its start may print others.
+    version = system.run(system.python, "-c", VERSION)[1].rpartition("\n")[2]
     if not version or not system.gpus:
         case = "cpu" if version else "absent"
         yield f"torch/{case}", {"version": version, "python": system.python}
@@ -369,7 +348,6 @@ def properties(system: System) -> dict[str, Any]:
     """Return the properties of this node that are compared with those of the other node."""
     managers = system.docker.get("Swarm", {}).get("RemoteManagers") or []
     return {
-        "versions": system.versions,
         "cable": system.cable,
         "managers": [manager["Addr"] for manager in managers],
     }

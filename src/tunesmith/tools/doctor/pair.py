@@ -46,18 +46,8 @@ def check_pair(host: str) -> list[Finding]:
 
 
 def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
-    """Compare the properties of both nodes.
-
-    Both nodes must have the same software versions and be in the same swarm and the same subnet.
-    """
+    """Compare the properties of both nodes, which must be in one swarm and in one subnet."""
     findings = []
-    for name, version in here["versions"].items():
-        other = there["versions"].get(name)
-        # Skip a version that the other node does not have, because `examine` already reports it.
-        if other and version != other:
-            key = f"versions/{name}"
-            findings.append(finding(key, host, here=version, there=other, python=sys.executable))
-    findings = findings or [finding("versions/ok", host)]
     # Skip a node without a swarm or without a cable, because `examine` already reports it.
     managers = here["managers"], there["managers"]
     if all(managers) and set(managers[0]).isdisjoint(managers[1]):
