@@ -10,6 +10,7 @@ training run):
 
 import pickle
 import time
+import warnings
 from pathlib import Path
 from typing import Self
 
@@ -54,15 +55,13 @@ class Profiler:
             profile_memory=True,
             record_shapes=True,
             with_stack=settings.stacks,
-            # Without acc_events, torch warns that a new cycle clears the events. torch 2.11 and
-            # 2.12 give this warning even if there is only one cycle.
-            acc_events=True,
         )
+        # Each cycle has its own trace file, so that no event is lost.
+        warnings.filterwarnings("ignore", message="(Warning: )?Profiler clears events")
 
     def __enter__(self) -> Self:
         if self._profile is not None:
             self._profile.start()
-            self._keep_traces_only()
         return self
 
     def step(self) -> None:
@@ -70,19 +69,9 @@ class Profiler:
         if self._profile is None:
             return
         self._profile.step()
-        self._keep_traces_only()
         self._steps_left -= 1
         if self._steps_left == 0:
             self.__exit__()
-
-    def _keep_traces_only(self) -> None:
-        """Turn off the accumulation of events, because the trace file already contains them.
-
-        Torch takes a minute to parse 150,000 operations, and it would parse the events of earlier
-        cycles again.
-        """
-        if self._profile is not None and self._profile.profiler is not None:
-            self._profile.profiler.acc_events = False
 
     def __exit__(self, *_: object) -> None:
         running, self._profile = self._profile, None
