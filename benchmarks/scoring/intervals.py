@@ -164,7 +164,7 @@ def intervals_of_counts(base: np.ndarray, tuned: np.ndarray) -> tuple[Interval, 
     won = int((tuned > base).sum())
     lost = int((tuned < base).sum())
     difference = difference_of_counts(won, lost, rows)
-    paired = PairedIntervals(difference, won + lost, mcnemar_chance(won, lost))
+    paired = PairedIntervals(difference, won + lost, mcnemar_chance(won, lost), rows)
     return mean_of_count(int(base.sum()), rows), paired
 
 

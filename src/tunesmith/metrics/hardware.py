@@ -41,13 +41,13 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(matmul_tflops(device, dtype), f"{MEASURED} at the start of this run, dense {dtype}")
 
 
-def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None = None) -> float:
-    """Measure the TFLOP/s of a dense matmul [size, size] x [size, size] in `dtype`.
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the TFLOP/s of a dense matmul of two square matrices in `dtype`.
 
     The result is the median of ROUNDS rounds. It is usually below the published peak, because under
     load most chips run at a lower clock than the one for which the peak is published.
     """
-    n = size or MATMUL_SIZE[device.type]
+    n = MATMUL_SIZE[device.type]
     # Use random numbers, because zeros draw less power.
     left = torch.randn(n, n, device=device, dtype=dtype)
     right = torch.randn(n, n, device=device, dtype=dtype)
