@@ -134,21 +134,21 @@ def _losses_text(losses: dict[str, float | None], rows: RowLosses | None) -> str
     """
     tuned = losses.get("tuned")
     text = "not finite" if tuned is None else f"{tuned:.4f}"
-    if rows:
+    if rows and tuned is not None:
         zeros = [0.0] * len(rows["tuned"])
-        own = paired_losses(zeros, rows["tuned"], rows["tokens"]).difference
-        if math.isfinite(own.low):
+        _, low, high = paired_losses(zeros, rows["tuned"], rows["tokens"]).difference
+        if math.isfinite(low):
             # Limit the interval, because a loss is never below 0.
-            text += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
+            text = _interval_text([tuned, max(low, 0.0), high], ".4f")
 
     base = losses.get("base")
     if base is None:
         return text
     text += f", base {base:.4f}"
     if rows and rows.get("base"):
-        mean, low, high = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).difference
-        if math.isfinite(low):
-            text += f": {mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        difference = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).difference
+        if math.isfinite(difference.low):
+            text += f": {_interval_text(difference, '+.4f')}"
     return text
 
 
@@ -156,20 +156,20 @@ def _score_text(score: Score) -> str:
     """Format a score like `62.0 % (52.1 to 71.3), base 50.0 % (40.0 to 60.0): +12.0 points (+4.0
     to +20.1)`.
     """
-
-    def percent(interval: Sequence[float]) -> str:
-        mean, low, high = (100 * value for value in interval)
-        return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
-
-    text = percent(score["tuned"])
+    text = _interval_text(score["tuned"], ".1f", " %")
     base = score.get("base")
     difference = score.get("difference")
     if base:
-        text += f", base {percent(base)}"
+        text += f", base {_interval_text(base, '.1f', ' %')}"
     if base and difference:
-        mean, low, high = (100 * value for value in difference)
-        text += f": {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+        text += f": {_interval_text(difference, '+.1f', ' points')}"
     return text
+
+
+def _interval_text(interval: Sequence[float], form: str, unit: str = "") -> str:
+    """Format a mean and the ends of its interval. With a unit, the values are fractions."""
+    mean, low, high = (format(100 * value if unit else value, form) for value in interval)
+    return f"{mean}{unit} ({low} to {high})"
 
 
 def environment_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[object], bool]]:
