@@ -71,15 +71,15 @@ class RowFormat(NamedTuple):
 
     Attributes:
         layouts: the possible sets of columns.
-        answer: the column with the answer.
         key: the column that distinguishes this format from the other formats.
+        answer: the column that contains only the answer, or "" if the format has no such column.
         has_turns: whether rows consist of turns. False for plain text, which has no system message.
         is_plain: whether rows can be used without a chat template.
     """
 
     layouts: tuple[ColumnSet, ...]
-    answer: str
     key: str
+    answer: str = ""
     has_turns: bool = True
     is_plain: bool = False
 
@@ -90,12 +90,6 @@ class RowFormat(NamedTuple):
         The required columns of a layout come before its optional columns.
         """
         return tuple(self._names)
-
-    @property
-    def answers_in_text(self) -> bool:
-        """True if the answer is in a separate column instead of a list of turns."""
-        names = self.names(self.answer)
-        return bool(names) and not isinstance(names, ChatColumn)
 
     def names(self, column: str) -> tuple[str, ...]:
         """Return the names that a column can have in files, or () if the format does not have the
@@ -127,7 +121,6 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
                 },
             ),
         ),
-        answer="messages",
         key="messages",
     ),
     "sharegpt": RowFormat(
@@ -141,7 +134,6 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
                 },
             ),
         ),
-        answer="conversations",
         key="conversations",
     ),
     "alpaca": RowFormat(
@@ -177,7 +169,6 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
     ),
     "text": RowFormat(
         (ColumnSet({"text": ("text", "content")}, {}),),
-        answer="text",
         key="text",
         has_turns=False,
         is_plain=True,
@@ -198,7 +189,6 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
                 },
             ),
         ),
-        answer="messages",
         key="chosen",
     ),
     "feedback": RowFormat(
@@ -216,7 +206,6 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
                 {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES},
             ),
         ),
-        answer="messages",
         key="label",
     ),
     # Rows without an answer, for methods that sample the answers.
@@ -228,7 +217,6 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
             ),
             ColumnSet({"prompt": _ANY_CHAT}, {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}),
         ),
-        answer="completion",
         key="prompt",
     ),
 }

@@ -176,14 +176,19 @@ class RowColumns:
             for role_key in role_keys:
                 self.chats[role_key].append(column)
 
-    def layouts(self, source: Source, *, any_format: bool = True) -> list[Source]:
-        """Return the layouts of one kind of training whose columns have usual names.
+    def layouts(
+        self, source: Source, *, any_format: bool = True, is_trained: bool = True
+    ) -> list[Source]:
+        """Return the layouts whose columns have usual names.
 
         Args:
             source: its `columns` are used unchanged, and layouts without these columns are omitted.
             any_format: whether to consider all formats. If False, only `source.format` is
                 considered. The format prompt is only considered if it is `source.format`, because
                 most methods need an answer.
+            is_trained: whether the rows are used for training. If True, only the layouts of one
+                kind of training are returned. If False, the answer's column is optional, and text
+                needs a usual name unless `source.format` is text.
         """
         formats = set(ROW_FORMATS) - {"prompt"} if any_format else set()
         formats.add(source.format)
@@ -199,6 +204,9 @@ class RowColumns:
         found = []
         for format_name, column_set in column_sets:
             names = {**column_set.needed, **column_set.optional}
+            optional = set(column_set.optional)
+            if not is_trained:
+                optional.add(ROW_FORMATS[format_name].answer)
             if not source.columns.keys() <= names.keys():
                 continue
             candidates: list[list[str | None]] = []
@@ -206,8 +214,11 @@ class RowColumns:
                 if name in source.columns:
                     candidates.append([source.columns[name]])
                 else:
-                    no_column = [None] if name in column_set.optional else []
-                    candidates.append([*self._usual_columns(format_name, usual_names), *no_column])
+                    no_column = [None] if name in optional else []
+                    usual = self._usual_columns(
+                        format_name, usual_names, any_text=is_trained or not any_format
+                    )
+                    candidates.append([*usual, *no_column])
             # Try every combination of candidates, but use each column of the file only once.
             for picked in itertools.product(*candidates):
                 columns = {
@@ -217,12 +228,16 @@ class RowColumns:
                 }
                 if len(set(columns.values())) == len(columns):
                     found.append(replace(source, format=format_name, columns=columns))
-        return _select_training_kind(found)
+        return select_training_kind(found) if is_trained else found
 
-    def _usual_columns(self, format_name: FormatName, usual_names: tuple[str, ...]) -> list[str]:
+    def _usual_columns(
+        self, format_name: FormatName, usual_names: tuple[str, ...], *, any_text: bool = True
+    ) -> list[str]:
         """Return the columns of the file that can be read as one given column of the format.
 
-        `usual_names` are the usual names of the format's column in files.
+        Args:
+            usual_names: the usual names of the format's column in files.
+            any_text: whether the only column of a file can be plain text, whatever its name is.
         """
         if isinstance(usual_names, ChatColumn):
             chats = dict.fromkeys(name for role_key in usual_names for name in self.chats[role_key])
@@ -235,8 +250,7 @@ class RowColumns:
         named = [column for column in self.values if plain(column) in usual_names]
         if ROW_FORMATS[format_name].has_turns:
             return named
-        if len(self.values) == 1 and not self.header:
-            # If the file has only one column, this column can be the text, whatever its name is.
+        if any_text and len(self.values) == 1 and not self.header:
             named = list(self.values)
         no_texts = (*self.chats["role"], *self.chats["from"])
         return [name for name in named if name not in no_texts]
@@ -423,7 +437,7 @@ def _settings(source: Source, layout: Source, any_format: bool) -> str:
     return row_fix(source.source, **settings)
 
 
-def _select_training_kind(layouts: list[Source]) -> list[Source]:
+def select_training_kind(layouts: list[Source]) -> list[Source]:
     """Keep only the layouts for one kind of training: pairs, labeled answers, answers or text.
 
     Pairs come first and labeled answers second, because any other format would train on the bad

@@ -17,7 +17,12 @@ from tunesmith.config.row_formats import ROW_FORMATS, FormatName
 from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
-from tunesmith.data.rows.columns import RowColumns, is_named_rejected, propose_fix
+from tunesmith.data.rows.columns import (
+    RowColumns,
+    is_named_rejected,
+    propose_fix,
+    select_training_kind,
+)
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.row_masks import is_mask_column
 from tunesmith.data.rows.samples import pictures_of
@@ -86,7 +91,12 @@ class _Trial(NamedTuple):
 
 
 def detect(
-    rows: Rows, source: Source, *, any_format: bool = True, skips_bad_rows: bool = False
+    rows: Rows,
+    source: Source,
+    *,
+    any_format: bool = True,
+    skips_bad_rows: bool = False,
+    is_trained: bool = True,
 ) -> Detected:
     """Detect the format and the columns of the rows.
 
@@ -95,6 +105,8 @@ def detect(
         any_format: whether to consider all formats. If False, only `source.format` is considered.
         skips_bad_rows: whether rows that the layout cannot read are skipped later. If True, they
             raise no error.
+        is_trained: whether the rows are used for training, see `convert_row`. If False, answers can
+            be missing.
 
     Raises:
         DataError: no layout can read the rows, several layouts can read them, or the only layout
@@ -103,13 +115,16 @@ def detect(
     sample, is_whole = sample_rows(rows)
     examined = _SampledRows(rows, source, sample)
     columns = examined.columns
-    layouts = columns.layouts(source, any_format=any_format)
-    if any_format and not source.columns:
+    layouts = columns.layouts(source, any_format=any_format, is_trained=is_trained)
+    if is_trained and any_format and not source.columns:
         examined.check_rejected_is_read(layouts)
         examined.check_class_is_read(layouts)
     # Read the sampled rows with each layout. This uses the same function as training, so the same
     # rows are readable.
-    trials = [examined.try_layout(layout) for layout in layouts]
+    trials = [examined.try_layout(layout, is_trained=is_trained) for layout in layouts]
+    if not is_trained:
+        kind = select_training_kind([trial.layout for trial in trials if trial.read])
+        trials = [trial for trial in trials if trial.layout in kind]
     readable = _most_specific([trial for trial in trials if trial.read])
     if len(readable) == 1:
         [trial] = readable
@@ -174,13 +189,18 @@ class _SampledRows:
             what, where=relative_to_cwd(self.rows.name), why=columns_text + why, fix=fix
         )
 
-    def try_layout(self, layout: Source) -> _Trial:
-        """Read the sampled rows with a layout, as training does. Record which rows can be read."""
+    def try_layout(self, layout: Source, *, is_trained: bool = True) -> _Trial:
+        """Read the sampled rows with a layout. Record which rows can be read.
+
+        Args:
+            is_trained: whether the rows are used for training, see `convert_row`.
+        """
         read = set()
         has_pictures = False
         for i, row in self.sample.items():
             with suppress(DataError):
-                samples = convert_row(row, layout, where=self.rows.where(i)).samples
+                where = self.rows.where(i)
+                samples = convert_row(row, layout, where=where, is_trained=is_trained).samples
                 read.add(i)
                 has_pictures = has_pictures or any(map(pictures_of, samples))
         return _Trial(layout, frozenset(read), has_pictures)

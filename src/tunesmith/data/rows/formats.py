@@ -73,12 +73,12 @@ def convert_row(
         unread: set to which the names of all columns that are not read are added, and the keys of
             turns and calls that are not read.
         is_trained: whether the row is used for training. If False, the model only answers or scores
-            the row, so its loss masks and labels are not checked.
+            the row, so its loss masks and labels are not checked, and a missing answer is empty.
 
     Raises:
         DataError: the row does not have this format.
     """
-    reader = RowReader(row, source, where)
+    reader = RowReader(row, source, where, is_trained=is_trained)
     reader.column_pictures = read_column_pictures(reader)
     samples = _ROW_READERS[source.format](reader)
     is_answered = source.format not in ("preference", "feedback", "text", "prompt")
@@ -214,6 +214,8 @@ def _no_messages(row: RowReader, value: object, column: str) -> str:
 
 def _chat(row: RowReader, column: str, form: Form) -> list[Sample]:
     messages = read_messages(row, row.required(column), column, form)
+    if not row.is_trained and messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
     return [Conversation(with_row_system(row, messages), read_tools(row))]
 
 
@@ -227,10 +229,7 @@ def _prompt_completion(row: RowReader) -> list[Sample]:
 
 def _prompt(row: RowReader) -> list[Sample]:
     """Return a prompt with an empty answer. The model does not see the answer."""
-    prompt = row.required_text_or_messages("prompt")
-    if isinstance(prompt, str):
-        return [_completed(row, row.text(prompt, "prompt"), "")]
-    return _answered(row, prompt, {"completion": {"role": "assistant", "content": ""}})
+    return _answered(row, row.required_text_or_messages("prompt"), {"completion": ""})
 
 
 def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> list[Sample]:

@@ -56,6 +56,7 @@ class RowReader:
         row: column names and values.
         source: the data source with the format and the column mapping.
         where: file and line of the row, for error messages.
+        is_trained: whether the row is used for training, see `convert_row`.
         read: names of the columns that have been read.
         unread: names of the columns, and of keys of turns and calls, that are not read.
         is_good: whether the row labels its answer as good, see `RowSamples`.
@@ -67,10 +68,13 @@ class RowReader:
         bad_turns: location, key and value of each label that rates a trained turn as bad.
     """
 
-    def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
+    def __init__(
+        self, row: Mapping[str, object], source: Source, where: str, *, is_trained: bool = True
+    ) -> None:
         self.row = row
         self.source = source
         self.where = where
+        self.is_trained = is_trained
         self.unread: set[str] = set()
         self.is_good: bool | None = None
         self.folder: Path | None = Path()
@@ -118,11 +122,18 @@ class RowReader:
         return first
 
     def required(self, name: str) -> object:
-        """Return the value of the format's column `name`. Raise DataError if there is none."""
+        """Return the value of the format's column `name`. Raise DataError if there is none.
+
+        If the row is not used for training, a missing answer is an empty text.
+        """
         column = self.source.columns.get(name, name)
         self.read.add(column)
+        form = ROW_FORMATS[self.source.format]
+        can_lack = "" if self.is_trained else form.answer
+        if name == can_lack and is_absent(self.row.get(column)):
+            return ""
         if column not in self.row:
-            needed = ROW_FORMATS[self.source.format].layouts[0].needed
+            needed = [each for each in form.layouts[0].needed if each != can_lack]
             own_names = [self.source.columns.get(each, each) for each in needed]
             absent = dict.fromkeys([column, *(own for own in own_names if own not in self.row)])
             raise self.error(

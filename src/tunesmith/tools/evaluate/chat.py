@@ -27,7 +27,6 @@ from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run
 from tunesmith.inference.sampler import Prompt
 from tunesmith.presentation.data import template_line
 from tunesmith.tools.evaluate.decoding_options import read_decoding
-from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
 
 CHAT_COMMANDS_HINT = (
     "the model also sees the earlier questions; /reset starts a new conversation, /quit exits"
@@ -187,7 +186,7 @@ class Chat:
         """
         loaded = self.loaded
         messages: list[Message] = []
-        for text, reply in [*self.turns, (question, ANSWER_PLACEHOLDER)]:
+        for text, reply in [*self.turns, (question, "")]:
             messages += [
                 {"role": "user", "content": text},
                 {"role": "assistant", "content": reply},

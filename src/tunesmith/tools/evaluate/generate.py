@@ -10,13 +10,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.columns import is_absent, plain
+from tunesmith.data.rows.columns import is_absent
 from tunesmith.data.rows.detect import detect, sample_rows
 from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.labels import read_label
 from tunesmith.data.rows.messages import CHAT_ROLES
 from tunesmith.data.rows.row_reader import RowReader
 from tunesmith.data.rows.samples import Picture, pictures_of
@@ -33,18 +31,6 @@ from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
-
-# Row format -> the column that identifies the format. Formats of pairs and of labeled answers come
-# first, because rows of these formats also have the column `prompt`, which identifies another
-# format.
-_KEY_COLUMN: dict[str, str] = {
-    name: ROW_FORMATS[name].key
-    for name in sorted(ROW_FORMATS, key=lambda name: name not in METHOD_FORMATS.values())
-}
-_ANSWER_ROLES = [name for name, role in CHAT_ROLES.items() if role in ("assistant", "call")]
-# Answer that is inserted into a row without an answer, because the row can only be converted with
-# an answer. The model does not see it: the prompt ends before the answer.
-ANSWER_PLACEHOLDER = "?"
 
 
 @lines_by_default()
@@ -217,13 +203,31 @@ def find_source(
     sample, _ = sample_rows(rows)
     first = sample[min(sample)]
     given = Source(source=rows.name, columns=dict(columns or {}))
+    any_format = format_name == "auto"
+    if not any_format:
+        given = replace(given, format=format_name)  # type: ignore[arg-type]
+        _check_columns(given)
+        if columns:
+            return given
     like = _fitting_source(first, sources, format_name) if columns is None else None
-    like = like or _source_by_columns(first, given, format_name)
-    is_free = format_name == "auto" or columns is None
-    if is_free and (like is None or not _has_needed_columns(first, like)):
-        like = _detect_source(sample, given, format_name, like) or like
-    if like is not None:
+    if like is not None and _has_needed_columns(first, like):
         return like
+    with suppress(DataError):
+        layout = detect(rows, given, any_format=any_format, skips_bad_rows=True, is_trained=False)
+        found = replace(given, format=layout.format, columns=layout.renamed)
+        if like is None or _key_column(found) == _key_column(like):
+            if found.columns != given.columns:
+                key = ROW_FORMATS[found.format].key
+                log.info(f"{relative_to_cwd(rows.name)}: {key}={_key_column(found)}")
+            return found
+    if like is not None or not any_format:
+        return like or given
+    # Use the first format whose key is the name of a column. If rows cannot be read, their error
+    # says why.
+    for name, form in ROW_FORMATS.items():
+        is_named = form.key in first or form.key in given.columns
+        if is_named and given.columns.keys() <= set(form.columns):
+            return replace(given, format=name)
     trained: dict[str, None] = {}
     for source in sources:
         needed = ROW_FORMATS[source.format].layouts[0].needed
@@ -253,94 +257,28 @@ def _fitting_source(
     fitting = []
     for source in sources:
         is_right = format_name in ("auto", source.format)
-        if is_right and _key_column(source.format, source.columns) in row:
+        if is_right and _key_column(source) in row:
             fitting.append(source)
     # If several sources fit, use the one that shares the most columns with the row.
     return max(fitting, key=lambda source: len(source.columns.values() & row.keys()), default=None)
 
 
-def _source_by_columns(row: dict[str, object], given: Source, format_name: str) -> Source | None:
-    """Return `given` with the format `format_name`. If it is `auto`, the row's columns identify it.
-
-    Return None if the row has no identifying column. Raise UsageError if `given` has a column that
-    the format does not have.
-    """
-    if format_name == "auto":
-        # Try only formats that have all given columns. If no format has all of them, try all
-        # formats, because the check below then reports the unknown column.
-        names = [each for each in _KEY_COLUMN if given.columns.keys() <= set(FORMAT_COLUMNS[each])]
-        fitting = [each for each in names or _KEY_COLUMN if _has_key_column(row, each, given)]
-        if not fitting:
-            return None
-        format_name = fitting[0]
-    known = FORMAT_COLUMNS[format_name]
+def _check_columns(given: Source) -> None:
+    """Raise UsageError if the format of `given` does not have one of its columns."""
+    known = FORMAT_COLUMNS[given.format]
     unknown = [column for column in given.columns if column not in known]
     if unknown:
         raise UsageError(
-            f"format {format_name} has no column {', '.join(unknown)}",
+            f"format {given.format} has no column {', '.join(unknown)}",
             where="--columns",
             fix=f"use --columns NAME=COLUMN, where NAME is one of {', '.join(known)}",
         )
-    return replace(given, format=format_name)  # type: ignore[arg-type]
 
 
-def _has_key_column(row: dict[str, object], format_name: str, given: Source) -> bool:
-    """Return whether a row or `given.columns` has the column that identifies the format."""
-    key_column = _KEY_COLUMN[format_name]
-    if key_column in given.columns:
-        return True
-    if key_column == "label":
-        # Many data sets have a column `label` with another meaning. Accept the column only if its
-        # value means good or bad, and if the row has an answer.
-        has_answer = not {"completion", "messages"}.isdisjoint(row)
-        return has_answer and read_label(row.get(key_column)) is not None
-    return key_column in row
-
-
-def _detect_source(
-    sample: Mapping[int, dict[str, object]], given: Source, format_name: str, like: Source | None
-) -> Source | None:
-    """Detect format and columns as in `train`. Missing answers are first replaced by a placeholder.
-
-    Args:
-        given: the name of the rows, and the columns that the caller gave.
-        like: a source that names the column of the question; None if the column is not known.
-
-    Return None if no format fits.
-    """
-    name = given.source
-    if format_name != "auto":
-        given = replace(given, format=format_name)  # type: ignore[arg-type]
-    complete = []
-    for row in sample.values():
-        complete.append({key: ANSWER_PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
-    layouts = []
-    for attempt in (complete, [{**row, "completion": ANSWER_PLACEHOLDER} for row in complete]):
-        with suppress(DataError):
-            table = from_list(attempt, name)
-            any_format = format_name == "auto"
-            layouts.append(detect(table, given, any_format=any_format, skips_bad_rows=True))
-    # Try the format "text" last, because any text column fits it, even a column of prompts.
-    layouts.sort(key=lambda layout: layout.format == "text")
-    for layout in layouts:
-        key_column = _key_column(layout.format, layout.columns)
-        if layout.format == "text":
-            # `train` accepts any single column as text. An answer requires a prompt, so accept only
-            # the usual column names, unless the user chose the format "text".
-            is_usual = plain(key_column) in ROW_FORMATS["text"].names("text")
-            is_right = format_name == "text" or is_usual
-        else:
-            is_right = like is None or key_column == _key_column(like.format, like.columns)
-        if is_right and all(key_column in row for row in sample.values()):
-            if layout.renamed != given.columns:
-                log.info(f"{relative_to_cwd(name)}: {_KEY_COLUMN[layout.format]}={key_column}")
-            return replace(given, format=layout.format, columns=layout.renamed)
-    return None
-
-
-def _key_column(format_name: str, columns: Mapping[str, str]) -> str:
-    """Return the column of the file that identifies rows of this format."""
-    return columns.get(_KEY_COLUMN[format_name], _KEY_COLUMN[format_name])
+def _key_column(source: Source) -> str:
+    """Return the column of the file that identifies rows of the source's format."""
+    key = ROW_FORMATS[source.format].key
+    return source.columns.get(key, key)
 
 
 def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
@@ -399,14 +337,10 @@ def make_prompt(
         source: format and columns of the row.
     """
     template = loaded.template
-    complete_row, is_answered = _with_answer(row, source, where)
-    sample = convert_sample(complete_row, source, where=where, system=loaded.system)
+    sample = convert_sample(row, source, where=where, system=loaded.system)
     prompt_ids = list(template.prompt(sample, where=where))
-    pictures = pictures_of(sample)
-    scored = ScoredRow("", "", row, where)
-    if is_answered:
-        scored = make_scored_row(template, sample, row, where)
-    return RowPrompt(prompt_ids, where, scored, pictures)
+    scored = make_scored_row(template, sample, row, where)
+    return RowPrompt(prompt_ids, where, scored, pictures_of(sample))
 
 
 def row_with_answer(
@@ -414,45 +348,22 @@ def row_with_answer(
 ) -> dict[str, object]:
     """Return a row for SFT: a copy of the row in which `answer` replaces the answer."""
     form = ROW_FORMATS[source.format]
-    column = source.columns.get(form.answer, form.answer)
-    complete, _ = _with_answer(row, source, where)
-    value = RowReader(complete, source, where).text_or_messages(complete.get(column), column)
-    if not isinstance(value, list):
-        return {**row, column: answer}
-    role, text = ("from", "value") if source.format == "sharegpt" else ("role", "content")
-    last = {role: value[-1][role], text: answer}
-    return {**row, column: [*value[:-1], last]}
-
-
-def _with_answer(
-    row: dict[str, object], source: Source, where: str
-) -> tuple[dict[str, object], bool]:
-    """Return the row with an answer, and whether the row already contained one.
-
-    If the answer is missing, a placeholder is inserted.
-    """
-    if source.format == "text":
-        return row, False
-    form = ROW_FORMATS[source.format]
-    column = source.columns.get(form.answer, form.answer)
+    name = form.answer or form.key
+    column = source.columns.get(name, name)
     reader = RowReader(row, source, where)
     # The column can contain messages as JSON text.
     value = reader.text_or_messages(row.get(column), column)
-    role_key = "role"
-    placeholder = {"role": "assistant", "content": ANSWER_PLACEHOLDER}
-    if form.answers_in_text:
-        if value not in (None, ""):
-            return row, True
+    if is_absent(value):
         # If the prompt is a list of messages, the answer must also be a list of messages.
-        prompt = row.get(source.columns.get("prompt", "prompt"))
-        has_messages = not isinstance(reader.text_or_messages(prompt, "prompt"), str | None)
-        return {**row, column: [placeholder] if has_messages else ANSWER_PLACEHOLDER}, False
+        prompt = reader.text_or_messages(reader.optional("prompt"), "prompt")
+        value = [] if isinstance(prompt, list) else answer
+    if not isinstance(value, list):
+        return {**row, column: answer}
+    turn = {"role": "assistant", "content": answer}
     if source.format == "sharegpt":
-        role_key = "from"
-        placeholder = {"from": "gpt", "value": ANSWER_PLACEHOLDER}
-    if not isinstance(value, list) or not value:
-        return row, True
-    last = value[-1]
-    if not isinstance(last, dict) or str(last.get(role_key)).strip().lower() in _ANSWER_ROLES:
-        return row, True
-    return {**row, column: [*value, placeholder]}, False
+        turn = {"from": "gpt", "value": answer}
+    role = next(iter(turn))
+    if value and CHAT_ROLES.get(str(value[-1][role]).strip().lower()) in ("assistant", "call"):
+        turn[role] = value[-1][role]
+        value = value[:-1]
+    return {**row, column: [*value, turn]}
