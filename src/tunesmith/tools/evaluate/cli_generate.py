@@ -104,19 +104,18 @@ def run(args: argparse.Namespace) -> None:
 
     decoding = read_decoding(args)
     source = find_source(rows, location.sources, args.format_name, dict(args.columns) or None)
-    kept = KeptAnswers(args.score, condition, rows, source) if args.score else None
+    kept = KeptAnswers(args.score, condition, source) if args.score else None
     location = add_vision_if_needed(location, sample_rows(rows)[0].values())
     stop = StopRequest(interactive=True)
     # Open the output before the model is loaded, so that the user gets the error for an unwritable
     # output early.
-    with sink, kept or nullcontext():
+    with sink, kept.pool if kept else nullcontext():
         loaded = load_run(location, device=args.device)
         prompts = make_prompts(loaded, rows, source)
         if kept is not None:
             kept.check(prompts)
         answers = answer_rows(
             loaded,
-            rows,
             prompts,
             decoding,
             samples=args.samples,

@@ -88,7 +88,6 @@ def generate(
     source = find_source(rows, loaded.location.sources, format_name, columns)
     answered = answer_rows(
         loaded,
-        rows,
         make_prompts(loaded, rows, source),
         decoding or Decoding(),
         samples=samples,
@@ -104,13 +103,11 @@ class RowPrompt(NamedTuple):
 
     Attributes:
         ids: token ids up to the start of the answer, including the run's system message.
-        where: file and line of the row.
         scored: the row and its answer, for scorers.
         pictures: the pictures of the prompt.
     """
 
     ids: list[int]
-    where: str
     scored: ScoredRow
     pictures: tuple[Picture, ...] = ()
 
@@ -119,15 +116,11 @@ class AnsweredRow(NamedTuple):
     """A row and the model's answers to it.
 
     Attributes:
-        number: index of the row.
-        row: the row as it is in the file.
         scored: the row and its answer, for scorers.
         outputs: the texts of the model's answers.
         finished: whether each answer ended with a stop token.
     """
 
-    number: int
-    row: dict[str, Any]
     scored: ScoredRow
     outputs: list[str]
     finished: list[bool]
@@ -136,12 +129,11 @@ class AnsweredRow(NamedTuple):
         """Yield a copy of the row for each answer, with the keys `output` and `reference`."""
         reference = {"reference": self.scored.reference} if self.scored.is_answered else {}
         for output in self.outputs:
-            yield {**self.row, "output": output, **reference}
+            yield {**self.scored.row, "output": output, **reference}
 
 
 def answer_rows(
     loaded: LoadedModel,
-    rows: Rows,
     prompts: Sequence[RowPrompt],
     decoding: Decoding,
     *,
@@ -186,7 +178,7 @@ def answer_rows(
             outputs = [answer.text for answer in group]
             if scored.is_special:
                 outputs = [decode(loaded.tokenizer, a.ids, with_special=True) for a in group]
-            yield AnsweredRow(i, rows[i], scored, outputs, [answer.finished for answer in group])
+            yield AnsweredRow(scored, outputs, [answer.finished for answer in group])
 
     return answered()
 
@@ -299,7 +291,7 @@ def make_prompts(loaded: LoadedModel, rows: Rows, source: Source) -> list[RowPro
 
 def sampler_prompts(loaded: LoadedModel, prompts: Sequence[RowPrompt]) -> list[Prompt]:
     """Return the prompts of rows in the form that the sampler needs."""
-    return [loaded.prompt(p.ids, p.pictures, p.where, row) for row, p in enumerate(prompts)]
+    return [loaded.prompt(p.ids, p.pictures, p.scored.where, row) for row, p in enumerate(prompts)]
 
 
 def check_prompt_lengths(
@@ -319,7 +311,7 @@ def check_prompt_lengths(
     count = sum(length > room for length in lengths)
     raise DataError(
         f"the model's context is too short for {count} of {count_of(len(prompts), 'prompt')}",
-        where=prompts[lengths.index(longest)].where,
+        where=prompts[lengths.index(longest)].scored.where,
         why=f"the longest prompt has {longest} tokens, and the context has {context} tokens, of "
         f"which {decoding.max_new_tokens} are reserved for the answer",
         fix="shorten the long rows, or use a smaller --max-new-tokens",
@@ -336,11 +328,12 @@ def make_prompt(
     Args:
         source: format and columns of the row.
     """
-    template = loaded.template
     sample = convert_sample(row, source, where=where, system=loaded.system)
-    prompt_ids = list(template.prompt(sample, where=where))
-    scored = make_scored_row(template, sample, row, where)
-    return RowPrompt(prompt_ids, where, scored, pictures_of(sample))
+    return RowPrompt(
+        loaded.template.prompt(sample, where=where),
+        make_scored_row(loaded.template, sample, row, where),
+        pictures_of(sample),
+    )
 
 
 def row_with_answer(

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Source
-from tunesmith.data.source.open_source import Rows
 from tunesmith.errors import DataError, UsageError
 from tunesmith.scoring.process import ScorerPool
 from tunesmith.scoring.scorers import SCORERS
@@ -50,7 +49,7 @@ def read_condition(text: str) -> Condition:
 
 
 class KeptAnswers:
-    """Selection of answers by their scores. Use it in a `with` statement.
+    """Selection of answers by their scores. Use its `pool` in a `with` statement.
 
     Args:
         scorer: name of the scorer.
@@ -58,13 +57,14 @@ class KeptAnswers:
         source: format and columns of the rows.
 
     Attributes:
+        pool: the processes of the scorer.
         sampled, finished, kept: the numbers of answers so far. Answers that were cut off at
             --max-new-tokens are not finished, and are not kept.
 
     Raise UsageError if the scorer cannot be used, or if rows of this format have no single answer.
     """
 
-    def __init__(self, scorer: str, condition: Condition | None, rows: Rows, source: Source):
+    def __init__(self, scorer: str, condition: Condition | None, source: Source) -> None:
         if condition is not None and source.format not in _SINGLE_ANSWER_FORMATS:
             raise UsageError(
                 f"answers to rows of the format {source.format} cannot be kept as rows for SFT",
@@ -74,19 +74,11 @@ class KeptAnswers:
             )
         self.scorer = scorer
         self.condition = condition
-        self.rows = rows
         self.source = source
         self.sampled = 0
         self.finished = 0
         self.kept = 0
         self.pool = ScorerPool([scorer], count=min(4, os.cpu_count() or 1))
-
-    def __enter__(self) -> "KeptAnswers":
-        self.pool.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pool.__exit__(*error)
 
     def check(self, prompts: Sequence[RowPrompt]) -> None:
         """Raise DataError if the scorer cannot score a row."""
@@ -94,7 +86,7 @@ class KeptAnswers:
             if self.scorer in SCORERS and not prompt.scored.is_answered:
                 raise DataError(
                     f"the scorer {self.scorer} cannot score the row",
-                    where=prompt.where,
+                    where=prompt.scored.where,
                     why="the row has no answer to compare with",
                     fix="add the answers to the rows, or use your own scorer: "
                     "--score my_scorer.py:function",
@@ -106,8 +98,8 @@ class KeptAnswers:
 
         Raise RunError if the scorer fails for several answers.
         """
-        where = self.rows.where(answered.number)
-        items = [(text, answered.scored) for text in answered.outputs]
+        asked = answered.scored
+        items = [(text, asked) for text in answered.outputs]
         scores = self.pool.scores(self.scorer, items)
         self.sampled += len(scores)
         self.finished += sum(answered.finished)
@@ -124,8 +116,8 @@ class KeptAnswers:
                 continue
             seen.add(text)
             self.kept += 1
-            kept = row_with_answer(answered.row, self.source, where, text)
-            yield {**row, **kept, "score": score, "where": short_place(where)}
+            kept = row_with_answer(asked.row, self.source, asked.where, text)
+            yield {**row, **kept, "score": score, "where": short_place(asked.where)}
 
     def summary(self) -> str:
         """Return the line that the command prints at its end."""
