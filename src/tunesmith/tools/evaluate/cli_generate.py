@@ -21,21 +21,23 @@ They replace the answer in the row, so that the output can be trained on.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from itertools import takewhile
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import sample_rows
+from tunesmith.data.source.files import check_is_file
 from tunesmith.data.source.open_source import Rows, from_list, read_rows
 from tunesmith.errors import DataError, StoppedError, UsageError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
 from tunesmith.inference.load_run import add_vision_if_needed, load_run, locate_run
 from tunesmith.scoring.scorers import TOOL_CALL, check_scorer_names
-from tunesmith.tools.evaluate.resumed_file import ResumedFile, write_error
+from tunesmith.tools.evaluate.resumed_file import ResumedFile, json_line, write_error
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
@@ -61,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_rows(parser)
     options.add_decoding(parser, max_new_tokens=256)
     parser.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="answers to each row (default: 1)"
+        "--samples",
+        type=options.whole_number,
+        default=1,
+        metavar="N",
+        help="number of answers to each row (default: 1)",
     )
     parser.add_argument(
         "--score",
@@ -151,12 +157,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace) -> "Condition | None":
     """Return the condition of `--keep`. Raise UsageError if the options do not fit together."""
-    if args.samples < 1:
-        raise UsageError(
-            f"there cannot be {args.samples} answers to a row",
-            where="--samples",
-            fix="give at least 1",
-        )
     if args.samples > 1 and args.temperature == 0:
         raise UsageError(
             f"the {args.samples} answers to a row would be equal",
@@ -209,17 +209,13 @@ class _Stream:
                 self.file.close()
 
     def write(self, record: dict[str, object], *, why: str = "") -> None:
-        line = _line(record)
+        line = json_line(record)
         try:
             print(visible(line) if self.file.isatty() else line, end="", file=self.file, flush=True)
         except BrokenPipeError:
             raise  # the reader closed the pipe, which ends the command without an error message
         except OSError as error:
             raise write_error(self.name, error, why) from error
-
-
-def _line(record: dict[str, object]) -> str:
-    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
 def _read_input(name: str) -> Rows:
@@ -229,12 +225,7 @@ def _read_input(name: str) -> Rows:
     """
     if name != "-":
         path = Path(name)
-        if not path.is_file():
-            raise DataError(
-                f"there is no file {name}",
-                where=name,
-                fix="use a jsonl, json, csv or parquet file, or - for stdin",
-            )
+        check_is_file(path)
         return read_rows(Source(source=str(path.absolute())))
     fix = 'send one JSON object per line: {"prompt": "..."}'
     rows = []
@@ -271,11 +262,10 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
 
 
 def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> int:
-    """Return the number of rows that are already answered in the output.
+    """Return the number of rows that are already answered in the output, and drop later lines.
 
-    An incomplete last line is not counted. Return 0 with --force, because the file will be
-    overwritten. Raise UsageError if the output has lines and --resume is not given, or if the lines
-    are not answers to these rows.
+    Return 0 with --force, because the file will be overwritten. Raise UsageError if the output has
+    lines and --resume is not given, or if a line does not come from the rows.
     """
     if args.force:
         file.lines = []
@@ -288,76 +278,58 @@ def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> i
             where="--output",
             fix="add --resume to continue the file or --force to overwrite it, or use another file",
         )
-    if args.keep is not None:
-        return _last_kept_row(file, rows)
-    # The lines of the output must be answers to the first rows of the input, in the same order.
-    matching = 0
-    samples = args.samples
-    end = min(len(file.lines), len(rows) * samples)
-    while matching < end and _is_answer_to(file.lines[matching], rows[matching // samples]):
-        matching += 1
-    is_torn = matching < len(rows) * samples and _begins_answer_to(
-        file.torn, rows[matching // samples]
-    )
-    if matching < len(file.lines) or (file.torn and not is_torn):
+    numbers = _rows_of_lines(file.lines, rows, args)
+    bad = next((i for i, (last, n) in enumerate(pairwise([0, *numbers])) if n < last), None)
+    # An incomplete last line is written again if it follows answers and an answer is missing. With
+    # --keep, it is not known how many lines are missing.
+    whole = (0, len(rows) * args.samples)
+    if bad is None and file.torn and args.keep is None and len(numbers) in whole:
+        bad = len(numbers)
+    if bad is not None:
         raise UsageError(
-            "a line of the output does not answer the input row with the same number",
-            where=f"{args.output}:{matching + 1}",
+            "a line of the output does not come from a row of the input",
+            where=f"{args.output}:{bad + 1}",
             fix="give the input that the output was made from, or use --force instead of --resume",
         )
-    # If some answers to the last row are missing, all its answers are generated again.
-    file.lines = file.lines[: matching // samples * samples]
-    return matching // samples
-
-
-def _last_kept_row(file: ResumedFile, rows: Rows) -> int:
-    """Return the index of the last row with a kept answer, and drop the lines of this row, because
-    its other answers may be missing.
-
-    Raise UsageError if a line does not come from the rows.
-    """
-    from tunesmith.tools.evaluate.kept_answers import short_place
-
-    numbers = {short_place(rows.where(i)): i for i in range(len(rows))}
-    last = 0
-    first_line = 0  # index of the first line of the row `last`
-    for i, line in enumerate(file.lines):
-        try:
-            number = numbers.get(json.loads(line)["where"], -1)
-        except (ValueError, TypeError, KeyError):
-            number = -1
-        if number < last:
-            raise UsageError(
-                "a line of the output does not come from a row of the input",
-                where=f"{file.path}:{i + 1}",
-                fix="give the input that the output was made from, or use --force instead of "
-                "--resume",
-            )
-        if number > last:
-            last = number
-            first_line = i
-    file.lines = file.lines[:first_line]
+    if not numbers:
+        return 0
+    last = numbers[-1]
+    first = numbers.index(last)
+    if args.keep is None and len(numbers) - first == args.samples:
+        return last + 1
+    # Some answers to the last row may be missing, so all its answers are generated again.
+    file.lines = file.lines[:first]
     return last
 
 
-def _is_answer_to(line: bytes, row: dict[str, object]) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    if not isinstance(record, dict) or "output" not in record:
+def _rows_of_lines(lines: Sequence[bytes], rows: Rows, args: argparse.Namespace) -> list[int]:
+    """Return for each line of the output the index of its row, or -1 if it has none."""
+    places = {}
+    if args.keep is not None:
+        from tunesmith.tools.evaluate.kept_answers import short_place
+
+        places = {short_place(rows.where(i)): i for i in range(len(rows))}
+    numbers = []
+    for i, line in enumerate(lines):
+        record = None
+        with suppress(ValueError):
+            record = json.loads(line)
+        number = -1
+        if isinstance(record, dict):
+            number = places.get(str(record.get("where")), -1)
+            # The lines of an output without --keep are answers to the first rows, in order.
+            if args.keep is None and _is_answer_to(record, rows, i // args.samples):
+                number = i // args.samples
+        numbers.append(number)
+    return numbers
+
+
+def _is_answer_to(record: dict[str, object], rows: Rows, number: int) -> bool:
+    if number >= len(rows) or "output" not in record:
         return False
     # Convert the row to JSON and back, so that it can be compared with the record in the file. For
     # example, JSON stores a date as text.
-    fields = json.loads(json.dumps(row, default=str))
+    fields = json.loads(json.dumps(rows[number], default=str))
     for name in ("output", "reference", "score"):
         fields.pop(name, None)
     return bool(fields.items() <= record.items())
-
-
-def _begins_answer_to(line: bytes, row: dict[str, object]) -> bool:
-    """Return whether an incomplete line can be the start of the record that answers `row`."""
-    fields = dict(takewhile(lambda item: item[0] != "output", row.items()))
-    record = _line({**fields, "output": ""}).removesuffix('"}\n')
-    start = record.encode("utf-8", "backslashreplace")
-    return line.startswith(start) or start.startswith(line)

@@ -92,7 +92,7 @@ class ResumedFile:
             why: clause with the number of answers in the file, for the error message.
         """
         assert self._file is not None
-        line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+        line = json_line(record)
         try:
             if not self._is_truncated:
                 self._file.truncate(sum(len(line) + 1 for line in self.lines))
@@ -103,6 +103,11 @@ class ResumedFile:
             self._file.flush()
         except OSError as error:
             raise write_error(str(self.path), error, why) from error
+
+
+def json_line(record: dict[str, object]) -> str:
+    """Return a line with a record as JSON. Values that JSON does not have are written as text."""
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
 def write_error(name: str, error: OSError, why: str) -> RunError:
