@@ -105,10 +105,16 @@ def run(args: argparse.Namespace) -> None:
         options.notify(f"all answers are already in {output} ({count_of(len(rows), 'row')})")
         return
     from tunesmith.tools.evaluate.decoding_options import read_decoding
-    from tunesmith.tools.evaluate.generate import answer_rows, find_source, make_prompts
+    from tunesmith.tools.evaluate.generate import (
+        answer_rows,
+        check_samples,
+        find_source,
+        make_prompts,
+    )
     from tunesmith.tools.evaluate.kept_answers import KeptAnswers
 
     decoding = read_decoding(args)
+    check_samples(args.samples, decoding)
     source = find_source(rows, location.sources, args.format_name, dict(args.columns) or None)
     kept = KeptAnswers(args.score, condition, source) if args.score else None
     location = add_vision_if_needed(location, sample_rows(rows)[0].values())
@@ -157,13 +163,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace) -> "Condition | None":
     """Return the condition of `--keep`. Raise UsageError if the options do not fit together."""
-    if args.samples > 1 and args.temperature == 0:
-        raise UsageError(
-            f"the {args.samples} answers to a row would be equal",
-            where="--samples",
-            why="without --temperature, the most likely token is always picked",
-            fix="add --temperature 1",
-        )
     if args.score is not None:
         check_scorer_names(args.score)
         if args.score == TOOL_CALL:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.columns import is_absent
+from tunesmith.data.rows.columns import is_absent, role_key_of
 from tunesmith.data.rows.detect import detect, sample_rows
 from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.rows.messages import CHAT_ROLES
@@ -150,13 +150,7 @@ def answer_rows(
 
     Raise UsageError and DataError as `generate`.
     """
-    if samples > 1 and decoding.temperature == 0:
-        raise UsageError(
-            f"the {samples} answers to a row would be equal",
-            where="temperature",
-            why="temperature 0 always picks the most likely token",
-            fix="set a temperature, such as 1.0",
-        )
+    check_samples(samples, decoding)
     check_prompt_lengths(prompts, loaded.context, decoding)
     answers = answer_all(
         loaded.train_model,
@@ -181,6 +175,17 @@ def answer_rows(
             yield AnsweredRow(scored, outputs, [answer.finished for answer in group])
 
     return answered()
+
+
+def check_samples(samples: int, decoding: Decoding) -> None:
+    """Raise UsageError if several answers to a row would be equal."""
+    if samples > 1 and decoding.temperature == 0:
+        raise UsageError(
+            f"the {samples} answers to a row would be equal",
+            where="--samples",
+            why="temperature 0 always picks the most likely token",
+            fix="set a temperature, such as 1.0",
+        )
 
 
 def find_source(
@@ -303,17 +308,17 @@ def check_prompt_lengths(
     """
     if context is None:
         return
-    lengths = [len(prompt.ids) for prompt in prompts]
-    longest = max(lengths, default=0)
     room = context - decoding.max_new_tokens
-    if longest <= room:
+    too_long = [prompt for prompt in prompts if len(prompt.ids) > room]
+    if not too_long:
         return
-    count = sum(length > room for length in lengths)
+    longest = max(too_long, key=lambda prompt: len(prompt.ids))
     raise DataError(
-        f"the model's context is too short for {count} of {count_of(len(prompts), 'prompt')}",
-        where=prompts[lengths.index(longest)].scored.where,
-        why=f"the longest prompt has {longest} tokens, and the context has {context} tokens, of "
-        f"which {decoding.max_new_tokens} are reserved for the answer",
+        f"the model's context is too short for {len(too_long)} of "
+        f"{count_of(len(prompts), 'prompt')}",
+        where=longest.scored.where,
+        why=f"the longest prompt has {len(longest.ids)} tokens, and the context has {context} "
+        f"tokens, of which {decoding.max_new_tokens} are reserved for the answer",
         fix="shorten the long rows, or use a smaller --max-new-tokens",
     )
 
@@ -346,17 +351,15 @@ def row_with_answer(
     reader = RowReader(row, source, where)
     # The column can contain messages as JSON text.
     value = reader.text_or_messages(row.get(column), column)
-    if is_absent(value):
-        # If the prompt is a list of messages, the answer must also be a list of messages.
-        prompt = reader.text_or_messages(reader.optional("prompt"), "prompt")
-        value = [] if isinstance(prompt, list) else answer
-    if not isinstance(value, list):
+    # If the prompt is a list of messages, the answer must also be a list of messages.
+    prompt = reader.text_or_messages(reader.optional("prompt"), "prompt")
+    role = role_key_of(prompt if is_absent(value) else value)
+    if not role:
         return {**row, column: answer}
-    turn = {"role": "assistant", "content": answer}
-    if source.format == "sharegpt":
-        turn = {"from": "gpt", "value": answer}
-    role = next(iter(turn))
-    if value and CHAT_ROLES.get(str(value[-1][role]).strip().lower()) in ("assistant", "call"):
-        turn[role] = value[-1][role]
-        value = value[:-1]
-    return {**row, column: [*value, turn]}
+    turns = value if isinstance(value, list) else []
+    if turns and CHAT_ROLES[str(turns[-1][role]).strip().lower()] in ("assistant", "call"):
+        turns = turns[:-1]
+    turn = {"from": "gpt", "value": answer}
+    if role == "role":
+        turn = {"role": "assistant", "content": answer}
+    return {**row, column: [*turns, turn]}

@@ -16,7 +16,7 @@ from tunesmith.scoring.scorers import SCORERS
 from tunesmith.tools.evaluate.generate import AnsweredRow, RowPrompt, row_with_answer
 from tunesmith.units import count_of
 
-_CONDITION = re.compile(r"\s*score\s*(>=|>|==)\s*([0-9.]+)\s*")
+_CONDITION = re.compile(r"\s*score\s*(>=|>|==)\s*(\d+\.?\d*|\.\d+)\s*")
 _OPERATORS = {">=": operator.ge, ">": operator.gt, "==": operator.eq}
 # Formats whose rows have one answer, which a sampled answer can replace.
 _SINGLE_ANSWER_FORMATS = ("prompt-completion", "alpaca", "messages", "sharegpt")
@@ -35,11 +35,8 @@ class Condition(NamedTuple):
 def read_condition(text: str) -> Condition:
     """Parse the condition of `--keep`. Raise UsageError if it has another form."""
     match = _CONDITION.fullmatch(text)
-    try:
-        if match:
-            return Condition(match[1], float(match[2]))
-    except ValueError:  # a number such as 1.2.3
-        pass
+    if match:
+        return Condition(match[1], float(match[2]))
     raise UsageError(
         f"the condition {text!r} cannot be read",
         where="--keep",
