@@ -237,14 +237,17 @@ def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> 
 
     Args:
         prompt: a text or messages.
-        answers: column name -> a text or messages. If the prompt and all answers are texts, the
-            samples are plain texts; otherwise they are conversations.
+        answers: column name -> a text or messages. If the prompt and all answers are texts, and the
+            row has no tools and pictures, the samples are plain texts. Otherwise they are
+            conversations, because only a chat template can render them.
     """
     samples: list[Sample] = []
-    texts = {column: answer for column, answer in answers.items() if isinstance(answer, str)}
-    if isinstance(prompt, str) and len(texts) == len(answers):
+    tools = read_tools(row)
+    are_texts = all(isinstance(value, str) for value in (prompt, *answers.values()))
+    if are_texts and tools is None and not row.column_pictures:
         question = row.text(prompt, "prompt")
-        return [_completed(row, question, row.text(text, name)) for name, text in texts.items()]
+        system = read_system(row)
+        return [Completion(question, row.text(text, at), system) for at, text in answers.items()]
     messages = _messages_of(row, prompt, "prompt", "user")
     if messages[-1]["role"] == "assistant":
         raise row.error(
@@ -253,7 +256,6 @@ def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> 
             fix="delete the last message of the prompt, or write its text before each answer",
         )
     messages = with_row_system(row, messages)
-    tools = read_tools(row)
     for column, value in answers.items():
         reply = _messages_of(row, value, column, "assistant")
         if reply[-1]["role"] != "assistant":
@@ -267,6 +269,9 @@ def _answered(row: RowReader, prompt: object, answers: Mapping[str, object]) -> 
                 why="the prompt already ends with a message of the user",
                 fix=f"write only the answer into {column}, without the messages of the prompt",
             )
+        calls = calls_in_text(row, reply[0]["content"]) if are_texts and tools else []
+        if calls:
+            reply = [{"role": "assistant", "content": "", "tool_calls": calls}]
         # Copy the messages, because each conversation changes its messages later.
         turns = [message.copy() for message in messages + reply]
         samples.append(Conversation(turns, tools, prompt_messages=len(messages)))
@@ -299,24 +304,6 @@ def _compared(row: RowReader, prompt: object, answers: Mapping[str, object]) -> 
                 fix="write the answer, or delete the row",
             )
     return samples
-
-
-def _completed(row: RowReader, prompt: str, completion: str) -> Sample:
-    """Return a prompt and its answer as a sample.
-
-    If the row has tools or pictures, the sample is a `Conversation`, because only a chat template
-    can render them. Otherwise the sample is a `Completion`.
-    """
-    tools = read_tools(row)
-    if tools is None and not row.column_pictures:
-        return Completion(prompt, completion, read_system(row))
-    messages = with_row_system(row, [{"role": "user", "content": prompt}])
-    answer: Message = {"role": "assistant", "content": completion}
-    if tools is not None:
-        calls = calls_in_text(row, completion)
-        if calls:
-            answer = {"role": "assistant", "content": "", "tool_calls": calls}
-    return Conversation([*messages, answer], tools, prompt_messages=len(messages))
 
 
 def _text(row: RowReader) -> list[Sample]:
