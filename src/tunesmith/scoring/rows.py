@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from tunesmith.data.rows.messages import is_said
+from tunesmith.data.rows.messages import has_answer
 from tunesmith.data.rows.samples import (
     CalledFunction,
-    Completion,
     Conversation,
     FunctionCall,
     Message,
@@ -33,12 +32,10 @@ def make_scored_row(
     """
     calls = 0
     tools = None
-    is_empty = isinstance(sample, Completion) and not sample.completion.strip()
     if isinstance(sample, Conversation):
-        is_empty = not is_said(sample.messages[-1])
         calls = len(sample.messages[-1].get("tool_calls") or ())
         tools = sample.tools
-    raw = "" if is_empty else template.answer(sample, where=where)
+    raw = template.answer(sample, where=where) if has_answer(sample) else ""
     if not raw.strip():
         return ScoredRow("", "", row, where)
     reference = template.without_special_tokens(raw)

@@ -28,7 +28,7 @@ from tunesmith.data.rows.messages import (
     any_messages,
     calls_in_text,
     check_order,
-    is_said,
+    has_answer,
     read_messages,
     read_system,
     read_tools,
@@ -293,11 +293,7 @@ def _compared(row: RowReader, prompt: object, answers: Mapping[str, object]) -> 
     """Return one sample for each answer. Raise DataError for an empty answer."""
     samples = _answered(row, prompt, answers)
     for column, sample in zip(answers, samples, strict=True):
-        if isinstance(sample, Conversation):
-            is_empty = not is_said(sample.messages[-1])
-        else:
-            is_empty = isinstance(sample, Completion) and not sample.completion.strip()
-        if is_empty:
+        if not has_answer(sample):
             raise row.error(
                 f"{column} is empty",
                 why="an answer without tokens cannot be compared",

@@ -17,7 +17,15 @@ from tunesmith.data.rows.labels import bad_labels
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
 from tunesmith.data.rows.row_masks import is_mask_column, is_trained_turn
 from tunesmith.data.rows.row_reader import RowReader
-from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
+from tunesmith.data.rows.samples import (
+    CalledFunction,
+    Completion,
+    Conversation,
+    FunctionCall,
+    Message,
+    Sample,
+    ToolSchema,
+)
 from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type
 
@@ -529,6 +537,13 @@ def check_order(row: RowReader, messages: list[Message]) -> None:
             why=f"the last message has the role {roles[-1]}",
             fix="delete the row, or its last messages",
         )
+
+
+def has_answer(sample: Sample) -> bool:
+    """Return whether the last answer of a sample is not empty. Plain text has no empty answer."""
+    if isinstance(sample, Conversation):
+        return is_said(sample.messages[-1])
+    return not isinstance(sample, Completion) or bool(sample.completion.strip())
 
 
 def is_said(message: Message) -> bool:

@@ -82,18 +82,18 @@ class AnswersHeader:
 
         `data` and `rows` are not compared, because `prompts` is a hash of all prompts.
         """
-        clauses = []
-        if earlier.get("prompts") != self.prompts:
-            clauses.append(
-                "the prompts differ: the rows, the template or the tokenizer has changed"
-            )
-        if earlier.get("weights") != self.weights or earlier.get("base") != self.base:
-            clauses.append("the model differs: it is another checkpoint, or it was trained further")
+        texts = {
+            "prompts": "the prompts differ: the rows, the template or the tokenizer has changed",
+            "weights": "the model differs: it is another checkpoint, or it was trained further",
+            "base": "the model differs: it is another base model",
+        }
         before = {**earlier, **(cast("dict[str, JsonValue]", earlier.get("decoding")) or {})}
-        for name, value in {**asdict(self.decoding), "batch_size": self.batch_size}.items():
-            if before.get(name) != value:
+        clauses = []
+        for name, value in {**asdict(self), **asdict(self.decoding)}.items():
+            if name not in ("data", "rows", "decoding") and before.get(name) != value:
                 option = f"--{name.replace('_', '-')}"
-                clauses.append(f"{option} was {before.get(name)} and is now {value}")
+                changed = f"{option} was {before.get(name)} and is now {value}"
+                clauses.append(texts.get(name, changed))
         return clauses
 
 

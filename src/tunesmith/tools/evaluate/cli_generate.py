@@ -22,7 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,7 +189,7 @@ def _is_stream(output: Path) -> bool:
     return output.exists() and not (output.is_file() or output.is_dir())
 
 
-class _Stream:
+class _Stream(AbstractContextManager["_Stream"]):
     """Output to stdout, a pipe or a device, with one line per answer. Use it in a `with` statement.
 
     It has the same method `write` as `ResumedFile`.
@@ -198,9 +198,6 @@ class _Stream:
     def __init__(self, output: Path | None) -> None:
         self.file = sys.stdout if output is None else output.open("w", encoding="utf-8")
         self.name = str(output or "standard output")
-
-    def __enter__(self) -> "_Stream":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.file is not sys.stdout:

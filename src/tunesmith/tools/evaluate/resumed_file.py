@@ -40,12 +40,7 @@ class ResumedFile:
             try:
                 content = read_bytes(path)
             except OSError as error:
-                raise MachineError(
-                    f"the existing file {path} cannot be read",
-                    where=f"--output {path}",
-                    why=error.strerror or str(error),
-                    fix="use another file: --output FILE",
-                ) from error
+                raise self._fault("read", error) from error
             self._read_size = len(content)
             *self.lines, self.torn = content.split(b"\n")
 
@@ -64,18 +59,22 @@ class ResumedFile:
             ) from None
         except OSError as error:
             self.__exit__()
-            raise MachineError(
-                f"{self.path} cannot be written",
-                where=f"--output {self.path}",
-                why=error.strerror or str(error),
-                fix="use another file: --output FILE",
-            ) from error
+            raise self._fault("written", error) from error
         return self
 
     def _lock(self, file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file.fileno()).st_size not in (0, self._read_size):
             raise BlockingIOError  # another command has changed the file since it was read
+
+    def _fault(self, action: str, error: OSError) -> MachineError:
+        """Build the error for a file that cannot be read or written. `action` is the participle."""
+        return MachineError(
+            f"{self.path} cannot be {action}",
+            where=f"--output {self.path}",
+            why=error.strerror or str(error),
+            fix="use another file: --output FILE",
+        )
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:

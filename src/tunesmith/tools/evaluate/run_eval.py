@@ -86,13 +86,8 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         "cut": result.cut,
     }
     for name, score in result.scores.items():
-        report[name] = {
-            "rows": score.rows,
-            "tokens": score.tokens,
-            "loss": finite_or_none(score.loss),
-            "perplexity": finite_or_none(score.perplexity),
-            "token_accuracy": finite_or_none(score.token_accuracy),
-        }
+        names = ("rows", "tokens", "loss", "perplexity", "token_accuracy")
+        report[name] = {each: finite_or_none(getattr(score, each)) for each in names}
     if result.answers is not None:
         report["answers"] = str(result.answers)
         report["unanswered"] = result.unanswered
