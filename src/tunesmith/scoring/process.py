@@ -147,6 +147,13 @@ class ScorerProcess:
 
     def check(self, name: str, row: ScoredRow) -> None:
         """Raise DataError if the scorer cannot score the row."""
+        if name in SCORERS and not row.is_answered:
+            raise DataError(
+                "the row has no answer",
+                where=row.where,
+                why=f"the scorer {name} compares answers with it",
+                fix="write the answer, delete the row, or use your own scorer",
+            )
         self._call(_Call(name, None, row), row.where, DataError)
 
     def score(self, name: str, answer: str, row: ScoredRow) -> float:

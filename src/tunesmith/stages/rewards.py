@@ -111,15 +111,7 @@ def own_rewards(run: Run, data: TrainingData) -> OwnRewards | None:
             # Own scorers accept all rows.
             for i in range(min(len(tokens), CHECKED_ROWS if compared else SCORED_ROWS)):
                 sample = tokens.sample(i, run.data.system)
-                where = tokens.where(i)
-                row = make_scored_row(data.template, sample, tokens.row(i), where)
-                if compared and not row.is_answered:
-                    raise DataError(
-                        "the row has no answer",
-                        where=where,
-                        why=f"the scorer {compared[0]} compares answers with it",
-                        fix="write the answer, delete the row, or use your own scorer",
-                    )
+                row = make_scored_row(data.template, sample, tokens.row(i), tokens.where(i))
                 for name in compared:
                     reward.check(name, row)
                 if row.is_answered and tokens is data.train and len(items) < SCORED_ROWS:

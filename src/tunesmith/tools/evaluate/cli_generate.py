@@ -226,15 +226,16 @@ def _read_input(name: str) -> Rows:
     fix = 'send one JSON object per line: {"prompt": "..."}'
     rows = []
     for number, line in options.stdin_lines():
-        why = ""
+        row, why = None, ""
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             why = str(error)
-        if why or not isinstance(rows[-1], dict):
+        if not isinstance(row, dict):
             raise DataError(
                 "the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix
             )
+        rows.append(row)
     if not rows:
         raise DataError("stdin contains no rows", where="stdin", fix=fix)
     return from_list(rows, "stdin")
@@ -302,9 +303,7 @@ def _rows_of_lines(lines: Sequence[bytes], rows: Rows, args: argparse.Namespace)
     """Return for each line of the output the index of its row, or -1 if it has none."""
     places = {}
     if args.keep is not None:
-        from tunesmith.tools.evaluate.kept_answers import short_place
-
-        places = {short_place(rows.where(i)): i for i in range(len(rows))}
+        places = {Path(rows.where(i)).name: i for i in range(len(rows))}
     numbers = []
     for i, line in enumerate(lines):
         record = None

@@ -7,12 +7,12 @@ import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Source
-from tunesmith.errors import DataError, UsageError
+from tunesmith.errors import UsageError
 from tunesmith.scoring.process import ScorerPool
-from tunesmith.scoring.scorers import SCORERS
 from tunesmith.tools.evaluate.generate import AnsweredRow, RowPrompt, row_with_answer
 from tunesmith.units import count_of
 
@@ -55,8 +55,8 @@ class KeptAnswers:
 
     Attributes:
         pool: the processes of the scorer.
-        sampled, finished, kept: the numbers of answers so far. Answers that were cut off at
-            --max-new-tokens are not finished, and are not kept.
+        sampled, cut, kept: the numbers of answers so far. Answers that were cut off at
+            --max-new-tokens are not kept.
 
     Raise UsageError if the scorer cannot be used, or if rows of this format have no single answer.
     """
@@ -73,21 +73,13 @@ class KeptAnswers:
         self.condition = condition
         self.source = source
         self.sampled = 0
-        self.finished = 0
+        self.cut = 0
         self.kept = 0
         self.pool = ScorerPool([scorer], count=min(4, os.cpu_count() or 1))
 
     def check(self, prompts: Sequence[RowPrompt]) -> None:
         """Raise DataError if the scorer cannot score a row."""
         for prompt in prompts:
-            if self.scorer in SCORERS and not prompt.scored.is_answered:
-                raise DataError(
-                    f"the scorer {self.scorer} cannot score the row",
-                    where=prompt.scored.where,
-                    why="the row has no answer to compare with",
-                    fix="add the answers to the rows, or use your own scorer: "
-                    "--score my_scorer.py:function",
-                )
             self.pool.check(self.scorer, prompt.scored)
 
     def select(self, answered: AnsweredRow) -> Iterator[dict[str, Any]]:
@@ -99,7 +91,7 @@ class KeptAnswers:
         items = [(text, asked) for text in answered.outputs]
         scores = self.pool.scores(self.scorer, items)
         self.sampled += len(scores)
-        self.finished += sum(answered.finished)
+        self.cut += answered.finished.count(False)
         seen = set()
         for row, score, is_finished in zip(
             answered.with_output(), scores, answered.finished, strict=True
@@ -114,17 +106,11 @@ class KeptAnswers:
             seen.add(text)
             self.kept += 1
             kept = row_with_answer(asked.row, self.source, asked.where, text)
-            yield {**row, **kept, "score": score, "where": short_place(asked.where)}
+            yield {**row, **kept, "score": score, "where": Path(asked.where).name}
 
     def summary(self) -> str:
         """Return the line that the command prints at its end."""
         text = f"kept {self.kept:,} of {count_of(self.sampled, 'answer')}"
-        cut = self.sampled - self.finished
-        if cut:
-            text += f"; {cut:,} were cut off at --max-new-tokens and are not kept"
+        if self.cut:
+            text += f"; {self.cut:,} were cut off at --max-new-tokens and are not kept"
         return text
-
-
-def short_place(where: str) -> str:
-    """Return the place of a row with the name of its file, but without the folder."""
-    return where.rpartition("/")[2]
