@@ -67,7 +67,6 @@ from tunesmith.tools.evaluate.score_rows import (
     answers_path,
     no_scored_rows,
     save_scores,
-    saved_scores,
     summarize_rows,
 )
 from tunesmith.training.program_rows import mappings
@@ -441,17 +440,16 @@ def evaluate(
         tuned = "model" if location.holds == "base" else "tuned"
         scores = {tuned: score_model(loaded, tuned)}
         seen = _seen_rows(tokens, loaded, ranks)
-        if base and location.holds == "adapter":
-            # Disable the adapter to get the base model.
-            with disabled(loaded.model):
-                scores = {"base": score_model(loaded, "base"), **scores}
-        elif base and location.holds == "full":
+        if base and location.holds == "full":
             # Free the tuned model first, so that only one model is in memory.
             del loaded
             loaded = load_run(
                 path, device=device, base_only=True, trust_remote_code=trust_remote_code
             )
-            scores = {"base": score_model(loaded, "base"), **scores}
+        if base and location.holds != "base":
+            # If there is an adapter, disable it to get the base model.
+            with disabled(loaded.model):
+                scores = {"base": score_model(loaded, "base"), **scores}
         evaluation = _evaluation(scores, tokens, shown, *seen)
         about = _about(evaluation, location)
         # `Scoring.finish` writes a file with the losses, but without the scores of pairs.
@@ -513,10 +511,9 @@ def _keep_losses(
     # Only pairs have scores at this point.
     kind = "pairs" if evaluation.by_scorer else "loss"
     path = answers.with_name(f"{answers.stem}-{kind}.jsonl")
-    scores = {scores.name: saved_scores(scores) for scores in evaluation.by_scorer}
-    values = {**about, "scores": scores}
+    results = evaluation.by_scorer
     try:
-        save_scores(path, evaluation.data, examples, evaluation.row_hash, values)
+        save_scores(path, evaluation.data, examples, evaluation.row_hash, results, about)
     except MachineError as error:
         # Only warn, because the run directory of another user may not be writable.
         log.warning(

@@ -170,10 +170,9 @@ def evaluate_runs(
 
 def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
     """Raise UsageError if a run has no held-out rows, or other held-out rows than the first run."""
-    for path, location in zip(paths, locations, strict=True):
-        require_held_out(location, path)
     first = locations[0].held_out_hash
     for path, location in zip(paths, locations, strict=True):
+        require_held_out(location, path)
         # The hash is None if it is unknown.
         if first and location.held_out_hash not in (None, first):
             raise UsageError(

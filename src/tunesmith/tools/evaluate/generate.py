@@ -109,7 +109,7 @@ class RowPrompt(NamedTuple):
 
     ids: list[int]
     scored: ScoredRow
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Picture, ...]
 
 
 class AnsweredRow(NamedTuple):
@@ -225,10 +225,11 @@ def find_source(
         is_named = form.key in first or form.key in given.columns
         if is_named and given.columns.keys() <= set(form.columns):
             return replace(given, format=name)
-    trained: dict[str, None] = {}
-    for source in sources:
-        needed = ROW_FORMATS[source.format].layouts[0].needed
-        trained |= {source.columns.get(name, name): None for name in needed}
+    trained = dict.fromkeys(
+        source.columns.get(name, name)
+        for source in sources
+        for name in ROW_FORMATS[source.format].layouts[0].needed
+    )
     run_columns = f", but the run was trained on {', '.join(trained)}" if trained else ""
     raise DataError(
         "it is not known which column contains the prompts",
@@ -251,11 +252,11 @@ def _fitting_source(
     # identifies another format, such as `prompt`.
     if format_name == "auto" and {"chosen", "rejected"} <= row.keys():
         format_name = "preference"
-    fitting = []
-    for source in sources:
-        is_right = format_name in ("auto", source.format)
-        if is_right and _key_column(source) in row:
-            fitting.append(source)
+    fitting = [
+        source
+        for source in sources
+        if format_name in ("auto", source.format) and _key_column(source) in row
+    ]
     # If several sources fit, use the one that shares the most columns with the row.
     return max(fitting, key=lambda source: len(source.columns.values() & row.keys()), default=None)
 

@@ -6,6 +6,7 @@ are scored.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,7 @@ def _file_stem(name: str) -> str:
     """Convert the name of a data set or model to a valid part of a file name."""
     path = Path(name)
     stem = path.stem if path.suffix in (".jsonl", ".json", ".csv", ".parquet") else name
-    safe_name = "".join(char if char.isalnum() or char in "._-" else "-" for char in stem)
-    return safe_name.strip("-.")[-80:] or "rows"
+    return re.sub(r"[^\w.-]", "-", stem).strip("-.")[-80:] or "rows"
 
 
 def trained_weights(location: RunLocation) -> str:
@@ -283,11 +283,8 @@ class Scoring:
                     self.header.data,
                     len(self.prompts),
                     row_hash.hexdigest(),
-                    {
-                        "decoding": self.header.decoding.describe(),
-                        **about,
-                        "scores": {result.name: saved_scores(result) for result in results},
-                    },
+                    results,
+                    {"decoding": self.header.decoding.describe(), **about},
                 )
         return self.ranks.broadcast_object(results)
 
@@ -321,41 +318,38 @@ def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:
     return RowScores(name, count, models, paired, verdict, scores)
 
 
-def saved_scores(result: RowScores) -> dict[str, object]:
-    """Convert the result of one scorer to the format in the file of scores.
-
-    `run_dir.read_scores` reads this format.
-    """
-    values: dict[str, object] = {model: list(span) for model, span in result.models.items()}
-    if result.paired is not None:
-        values["difference"] = list(result.paired.difference)
-        values["differing"] = result.paired.differing
-    return values | {"verdict": result.verdict, "by_row": result.scores}
-
-
 def save_scores(
     answers: Path,
     data: str,
     rows: int,
     row_hash: str,
-    values: Mapping[str, object],
+    results: Sequence[RowScores],
+    about: Mapping[str, object],
 ) -> None:
-    """Write the file of scores next to a file of answers.
+    """Write the file of scores next to a file of answers. `run_dir.read_scores` reads it.
 
     Args:
         answers: path of the file of answers.
         data: name of the rows.
         rows: number of rows.
         row_hash: hash of the rows. Two evals with the same hash have scored the same rows.
-        values: further values for the file.
+        results: the result of each scorer.
+        about: further values for the file.
 
     Raise MachineError if the file cannot be written.
     """
     path = answers.with_name(f"{answers.stem}.scores.json")
     start = {"tunesmith": "eval scores", "data": data, "rows": rows, "row_hash": row_hash}
+    scores = {}
+    for result in results:
+        values: dict[str, object] = {model: list(span) for model, span in result.models.items()}
+        if result.paired is not None:
+            values["difference"] = list(result.paired.difference)
+            values["differing"] = result.paired.differing
+        scores[result.name] = {**values, "verdict": result.verdict, "by_row": result.scores}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({**start, **values}) + "\n")
+        write_atomically(path, json.dumps({**start, **about, "scores": scores}) + "\n")
     except OSError as error:
         raise MachineError(
             "the scores cannot be written",
