@@ -58,6 +58,10 @@ _ANY_CHAT = ChatColumn(("role", "from"))
 # Mapping from the name of a column in the row format to its possible names in files.
 Names = Mapping[str, tuple[str, ...]]
 
+# Optional columns of formats with a list of turns.
+_CHAT_COLUMNS: Names = {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}
+_PICTURE_CHAT_COLUMNS: Names = {**_CHAT_COLUMNS, "images": PICTURE_NAMES}
+
 
 class ColumnSet(NamedTuple):
     """Required and optional columns of a row format."""
@@ -111,29 +115,11 @@ class RowFormat(NamedTuple):
 
 ROW_FORMATS: dict[FormatName, RowFormat] = {
     "messages": RowFormat(
-        (
-            ColumnSet(
-                {"messages": _ROLE_CHAT},
-                {
-                    "system": _CHAT_SYSTEM_NAMES,
-                    "tools": _TOOLS_NAMES,
-                    "images": PICTURE_NAMES,
-                },
-            ),
-        ),
+        (ColumnSet({"messages": _ROLE_CHAT}, _PICTURE_CHAT_COLUMNS),),
         key="messages",
     ),
     "sharegpt": RowFormat(
-        (
-            ColumnSet(
-                {"conversations": _FROM_CHAT},
-                {
-                    "system": _CHAT_SYSTEM_NAMES,
-                    "tools": _TOOLS_NAMES,
-                    "images": PICTURE_NAMES,
-                },
-            ),
-        ),
+        (ColumnSet({"conversations": _FROM_CHAT}, _PICTURE_CHAT_COLUMNS),),
         key="conversations",
     ),
     "alpaca": RowFormat(
@@ -160,7 +146,7 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
             ),
             ColumnSet(
                 {"prompt": _QUESTION_NAMES, "completion": _ANSWER_NAMES},
-                {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES, "images": PICTURE_NAMES},
+                _PICTURE_CHAT_COLUMNS,
             ),
         ),
         answer="completion",
@@ -203,7 +189,7 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
             ),
             ColumnSet(
                 {"messages": _ANY_CHAT, "label": _LABEL_NAMES},
-                {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES},
+                _CHAT_COLUMNS,
             ),
         ),
         key="label",
@@ -213,9 +199,9 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         (
             ColumnSet(
                 {"prompt": (*_QUESTION_NAMES, "instruction")},
-                {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES},
+                _CHAT_COLUMNS,
             ),
-            ColumnSet({"prompt": _ANY_CHAT}, {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}),
+            ColumnSet({"prompt": _ANY_CHAT}, _CHAT_COLUMNS),
         ),
         key="prompt",
     ),

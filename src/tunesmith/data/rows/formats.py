@@ -8,6 +8,7 @@ and keys raise no error. They are counted and reported.
 """
 
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -407,10 +408,7 @@ def _shared_beginning(
 
     At least the last message of each conversation is not shared.
     """
-    count = 0
-    max_count = min(len(chosen), len(rejected)) - 1
-    while count < max_count and chosen[count] == rejected[count]:
-        count += 1
+    count = _count_shared(chosen[:-1], rejected[:-1])
     # Shorten the prompt until an answer follows it, because the model learns from the messages
     # after the prompt.
     while count and chosen[count]["role"] != "assistant":
@@ -420,14 +418,14 @@ def _shared_beginning(
     return chosen[:count]
 
 
+def _count_shared(chosen: Sequence[object], rejected: Sequence[object]) -> int:
+    """Return the number of items with which both sequences start."""
+    return [*map(operator.eq, chosen, rejected), False].index(False)
+
+
 def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
     """Return the text that both answers start with, up to the first word that differs."""
-    count = 0
-    for left, right in zip(chosen, rejected, strict=False):
-        if left != right:
-            break
-        count += 1
-    prompt = chosen[:count]
+    prompt = chosen[: _count_shared(chosen, rejected)]
     # End the prompt after an entire word, so that its tokens are the same in both answers.
     while prompt and not prompt[-1].isspace():
         prompt = prompt[:-1]
