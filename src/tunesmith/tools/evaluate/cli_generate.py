@@ -93,16 +93,19 @@ def run(args: argparse.Namespace) -> None:
     location = locate_run(args.run, base_only=args.base, trust_remote_code=args.trust_remote_code)
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
-    check_output(output, args)
+    # A pipe or a device cannot be read again.
+    is_stream = output is None or (output.exists() and not (output.is_file() or output.is_dir()))
+    _check_output(output, args, is_stream=is_stream)
+    total = count_of(len(rows), "row")
     answer_count = 0
-    if output is None or _is_stream(output):
+    if output is None or is_stream:
         sink: _Stream | ResumedFile = _Stream(output)
     else:
         sink = ResumedFile(output)
         answer_count = _answered_rows(sink, rows, args)
     # If all rows are already answered, do not load the model.
     if answer_count == len(rows) and args.resume:
-        options.notify(f"all answers are already in {output} ({count_of(len(rows), 'row')})")
+        options.notify(f"all answers are already in {output} ({total})")
         return
     from tunesmith.tools.evaluate.decoding_options import read_decoding
     from tunesmith.tools.evaluate.generate import (
@@ -142,10 +145,9 @@ def run(args: argparse.Namespace) -> None:
         with stop, options.ProgressCounter() as progress:
             progress("answers", answer_count, len(rows))
             for answered in answers:
-                held = f"{answer_count} of {count_of(len(rows), 'row')}"
                 written = answered.with_output() if kept is None else kept.select(answered)
                 for row in written:
-                    sink.write(row, why=f"the output holds answers to {held}")
+                    sink.write(row, why=f"the output holds answers to {answer_count} of {total}")
                 answer_count += 1
                 progress("answers", answer_count, len(rows))
     if answer_count < len(rows):
@@ -155,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
             resume_hint += " instead of --force" if args.force else ""
         raise StoppedError(
             f"the command was stopped: {output or 'standard output'} has the answers for "
-            f"{answer_count} of {count_of(len(rows), 'row')}{resume_hint}"
+            f"{answer_count} of {total}{resume_hint}"
         )
     if kept is not None and condition is not None:
         options.notify(kept.summary())
@@ -182,11 +184,6 @@ def _check_options(args: argparse.Namespace) -> "Condition | None":
     from tunesmith.tools.evaluate.kept_answers import read_condition
 
     return read_condition(args.keep)
-
-
-def _is_stream(output: Path) -> bool:
-    """Return whether the output is a pipe or a device, which cannot be read again."""
-    return output.exists() and not (output.is_file() or output.is_dir())
 
 
 class _Stream(AbstractContextManager["_Stream"]):
@@ -241,18 +238,16 @@ def _read_input(name: str) -> Rows:
     return from_list(rows, "stdin")
 
 
-def check_output(output: Path | None, args: argparse.Namespace) -> None:
+def _check_output(output: Path | None, args: argparse.Namespace, *, is_stream: bool) -> None:
     """Raise UsageError if the output cannot be used with --resume, or is the input file."""
-    if args.resume and (output is None or _is_stream(output)):
+    if args.resume and is_stream:
         raise UsageError(
             "--resume requires an output file",
             where=f"--output {args.output}",
             fix="give a file with --output",
         )
-    if output is None:
-        return
     # Opening the same file for writing would delete the input.
-    if args.input != "-" and output.exists() and output.samefile(args.input):
+    if output and args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError(
             "input and output are the same file", where="--output", fix="use another file"
         )
@@ -301,9 +296,7 @@ def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> i
 
 def _rows_of_lines(lines: Sequence[bytes], rows: Rows, args: argparse.Namespace) -> list[int]:
     """Return for each line of the output the index of its row, or -1 if it has none."""
-    places = {}
-    if args.keep is not None:
-        places = {Path(rows.where(i)).name: i for i in range(len(rows))}
+    places = {Path(rows.where(i)).name: i for i in range(len(rows))}
     numbers = []
     for i, line in enumerate(lines):
         record = None
@@ -311,9 +304,10 @@ def _rows_of_lines(lines: Sequence[bytes], rows: Rows, args: argparse.Namespace)
             record = json.loads(line)
         number = -1
         if isinstance(record, dict):
-            number = places.get(str(record.get("where")), -1)
+            if args.keep is not None:
+                number = places.get(str(record.get("where")), -1)
             # The lines of an output without --keep are answers to the first rows, in order.
-            if args.keep is None and _is_answer_to(record, rows, i // args.samples):
+            elif _is_answer_to(record, rows, i // args.samples):
                 number = i // args.samples
         numbers.append(number)
     return numbers

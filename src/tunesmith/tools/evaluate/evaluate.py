@@ -148,11 +148,12 @@ class Evaluation(Tabular):
 
     def table(self) -> ResultTable:
         """Return a table with a column for each model, and notes about the rows."""
-        intervals = {}
-        for scores in self.by_scorer:
-            # Show only the models of this evaluation. With --no-base, the answers file can still
-            # contain answers of the base model from an earlier evaluation.
-            intervals[scores.name] = [scores.models[model] for model in self.scores]
+        # Show only the models of this evaluation. With --no-base, the answers file can still have
+        # answers of the base model from an earlier evaluation.
+        intervals = {
+            scores.name: [scores.models[model] for model in self.scores]
+            for scores in self.by_scorer
+        }
         notes = [*self.warnings(), *self.verdicts(), *self.notes()]
         return score_table(self.data, self.scores, intervals, notes)
 
@@ -170,9 +171,8 @@ class Evaluation(Tabular):
 
     def verdicts(self) -> list[str]:
         """Return a sentence for the loss and each scorer: whether the tuned model is better."""
-        verdicts = []
-        if self.loss_difference is not None:
-            verdicts.append(difference_sentence("loss", self.loss_difference))
+        loss = self.loss_difference
+        verdicts = [] if loss is None else [difference_sentence("loss", loss)]
         return verdicts + [scores.verdict for scores in self.by_scorer if scores.verdict]
 
     def warnings(self) -> list[str]:

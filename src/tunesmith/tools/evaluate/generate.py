@@ -222,8 +222,7 @@ def find_source(
     # Use the first format whose key is the name of a column. If rows cannot be read, their error
     # says why.
     for name, form in ROW_FORMATS.items():
-        is_named = form.key in first or form.key in given.columns
-        if is_named and given.columns.keys() <= set(form.columns):
+        if form.key in {*first, *given.columns} and given.columns.keys() <= set(form.columns):
             return replace(given, format=name)
     trained = dict.fromkeys(
         source.columns.get(name, name)

@@ -61,10 +61,11 @@ def run_rows(args: argparse.Namespace) -> None:
 def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) -> None:
     """Print the scores as a table with warnings and notes, or as JSON."""
     if args.json:
-        if isinstance(result, RunsEvaluation):
-            report = runs_as_report(args.runs, result)
-        else:
-            report = as_report(args.runs[0], result)
+        report = (
+            as_report(args.runs[0], result)
+            if isinstance(result, Evaluation)
+            else runs_as_report(args.runs, result)
+        )
         print(json.dumps(report, indent=2))
         return
     table = result.table()
@@ -94,8 +95,8 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         report["unfinished"] = dict(result.unfinished)
     if result.by_scorer:
         report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
-    if result.loss_difference is not None:
-        loss = result.loss_difference
+    loss = result.loss_difference
+    if loss is not None:
         report["loss_difference"] = {
             "rows": loss.rows,
             **difference_as_json(loss.difference),
