@@ -81,8 +81,8 @@ CARRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("axolotl", {"datasets": DOCUMENTS}, {"data.too_long": ABSENT}),
     ("axolotl documents", {"pretraining_dataset": "org/books"}, {"data.train": BOOKS}),
     ("axolotl documents", {"pretraining_dataset": [{"path": "org/books", "name": "en", "text_column": "body"}]}, {"data.train": BOOKS | {"name": "en", "columns": {"text": "body"}}}),
-    ("trl", {"dataset_text_field": "body"}, {"data.train": {**ROWS, "format": "text", "columns": {"text": "body"}}}),
-    ("trl", {"dataset_text_field": "messages", "train_sampling_strategy": "sequential"}, {"data.train": {**ROWS, "format": "messages"}, "data.shuffle": False}),
+    ("trl", {"dataset_text_field": "body"}, {"data.train.source": "d/d", "data.train.split": "train", "data.train.format": "text", "data.train.columns": {"text": "body"}}),
+    ("trl", {"dataset_text_field": "messages", "train_sampling_strategy": "sequential"}, {"data.train.source": "d/d", "data.train.split": "train", "data.train.format": "messages", "data.shuffle": False}),
     ("llamafactory", {"template": "qwen3", "enable_thinking": False, "default_system": "Short."}, {"data.template_args": {"enable_thinking": False}, "data.system": "Short."}),
     ("llamafactory", {"template": "alpaca", "enable_thinking": False, "eval_dataset": 0}, {"data.template_args": ABSENT, "data.validation": ABSENT}),
     ("torchtune", {"model": {"_component_": "torchtune.models.llama3.lora_llama3_8b", "quantize_base": True}}, {"model.quantize": "nf4"}),
@@ -114,7 +114,7 @@ TEXTS: list[tuple[str, str, dict[str, Any]]] = [
     ("axolotl", "sequence_len: '4096'\nsample_packing: 'true'", {"data.seq_len": 4096, "data.pack": True}),
     ("axolotl", "lora_target_linear: 'no'\nadapter: lora\npeft_use_rslora: yes", {"adapter.target": ["q_proj", "v_proj"], "adapter.rslora": True}),
     ("trl", "learning_rate: 5e-7\npacking: 'false'\nuse_peft: 'no'", {"train.learning_rate": 5e-7, "data.pack": False, "adapter.kind": "none"}),
-    ("trl", "save_strategy: no\nsave_steps: 10\neval_strategy: 'NO'\neval_steps: 10", {"checkpoint.every": None, "data.validation": ABSENT}),
+    ("trl", "save_strategy: no\nsave_steps: 10\neval_strategy: 'NO'\neval_steps: 10", {"checkpoint.every": None, "data.validation.source": ABSENT}),
     ("llamafactory", "train_on_prompt: 'no'\nfull_determinism: 'yes'", {"data.train_on": "response", "train.deterministic": True}),
 ]  # fmt: skip
 
@@ -277,7 +277,7 @@ def test_the_command_line_replaces_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_method_of_the_command_line_wins(tmp_path: Path) -> None:
-    draft = translated("trl pairs", {"beta": 0.2}, tmp_path, {"method": "orpo"})
+    draft = translated("trl pairs", {"beta": 0.2}, tmp_path, {"method.name": "orpo"})
     assert (draft.values["method.name"], draft.values["method.beta"]) == ("orpo", 0.2)
     assert draft.notes["beta"].differs
 

@@ -16,6 +16,7 @@ import shlex
 from pathlib import Path
 
 from tunesmith.cli.options import notify, require_folder, whole_number
+from tunesmith.config.dump import leaves
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked
 from tunesmith.config.shipped import schema_line
@@ -64,13 +65,8 @@ def run(args: argparse.Namespace) -> None:
     name, *words = args.words
     source = read_config(Path(name), args.tool)
     layer = override_layer(words)
-    # The command line has priority over the file.
-    overrides = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        overrides[key.strip()] = value.strip()
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
-    recipe = translate(source, overrides, args.world, path)
+    recipe = translate(source, leaves(layer.plain()), args.world, path)
     if path.exists() and not args.force:
         fix = "choose another file with --output RECIPE, or overwrite this one with --force"
         raise UsageError("this file already exists", where=path, fix=fix)

@@ -128,15 +128,10 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
 
     words = {word for name in keys for word in name.split(".")}
     targets = [str(key.value) for name, key in keys.items() if name.endswith("_target_")]
-    packages = {target.partition(".")[0] for target in targets}
-    found = {}
-    for tool, known in tables.items():
-        found[tool] = [mark for mark in known["marks"] if mark in words]
-        if known.get("package") in packages:
-            # A package name in `_target_` identifies a tool more reliably than keys, so give it a
-            # higher count than all keys together.
-            found[tool] = [known["package"]] * (1 + len(words))
-
+    words |= {target.partition(".")[0] for target in targets}
+    found = {
+        tool: [mark for mark in known["marks"] if mark in words] for tool, known in tables.items()
+    }
     # If several tools have the same number of matches, `max` returns the first.
     best = max(found, key=lambda tool: len(found[tool]))
     marks = found[best]
@@ -172,10 +167,8 @@ def source_keys(path: Path) -> Iterator[SourceKey]:
             fix="give the configuration file of another tool, in YAML or JSON",
         ) from None
     except RecipeError as error:
-        fix = error.fix
         near = None if path.exists() else find_similar_path(path)
-        if near:
-            fix = f"did you mean {near}?"
+        fix = f"did you mean {near}?" if near else error.fix
         what = error.what.replace("recipe", "file")
         raise UsageError(what, where=error.where, why=error.why, fix=fix) from None
 

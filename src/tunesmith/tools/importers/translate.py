@@ -6,7 +6,7 @@ intervals.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from tunesmith.config.check import METHOD_FORMATS
-from tunesmith.config.names import nearest, without_indices
+from tunesmith.config.names import nearest
+from tunesmith.config.tree import scalar
 from tunesmith.errors import UsageError
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, ToolTable, source_keys
 from tunesmith.tools.importers.translation import Translation, length
@@ -25,13 +26,13 @@ from tunesmith.units import count_of
 _NAME_ROWS = (
     "name the rows on the command line: data.train.source=rows.jsonl data.train.format=messages"
 )
-# Default values of Transformers.
-_BETAS = {"beta1": 0.9, "beta2": 0.999}
+_NO_EQUIVALENT = "this value has no equivalent in a recipe"
+_NEW_RECIPE = "run `tunesmith train --model MODEL --data ROWS.jsonl`, which writes a new recipe"
 
 
 def translate(
     source: SourceConfig,
-    overrides: Mapping[str, str],
+    overrides: Mapping[str, Any],
     world: int | None,
     path: Path = Path("recipe.yaml"),
 ) -> Translation:
@@ -40,7 +41,7 @@ def translate(
     Each key of the file either sets a recipe key or gets a note.
 
     Args:
-        overrides: recipe keys from the command line.
+        overrides: dotted recipe keys from the command line, with their values.
         world: number of training processes.
         path: the file that the recipe will be written to.
 
@@ -58,7 +59,7 @@ def translate(
         recipe.defaults["lora_alpha"] = 2 * recipe.number("adapter.rank")
     recipe.copy_values()
     _apply(recipe, recipe.table)
-    if recipe.values.get("adapter.kind") == "lora" and "adapter.target" in recipe.names:
+    if "adapter.target" in recipe.names and not recipe.why_ignored("adapter.target"):
         _set_target(recipe)
     _set_model_of_folder(recipe)
     if source.tool == "trl":
@@ -66,19 +67,10 @@ def translate(
         _set_trl_rows(recipe)
         if recipe.method == "grpo":
             set_rewards(recipe, path.absolute().with_name(f"{path.stem}-rewards.py"))
-            if recipe.values.get("adapter.dropout"):
-                why = "Answers are sampled without dropout, so tunesmith trains without dropout."
-                recipe.set_key("adapter.dropout", 0.0, "adapter.dropout", why=why)
     else:
         _set_rows(recipe, "train")
         _set_rows(recipe, "validation")
         _set_train_on(recipe)
-        if "{" in str(recipe.get("data.template")) and "data.template" not in recipe.overrides:
-            raise recipe.error(
-                "data.template",
-                "in a recipe, a template must be a file",
-                "write the template to template.jinja, and add data.template=template.jinja",
-            )
     _set_lengths(recipe)
     _set_schedule(recipe)
     _set_intervals(recipe)
@@ -102,20 +94,19 @@ def _apply(recipe: Translation, section: ToolTable) -> None:
         return
     if any(recipe.has(name, value) for name, value in section.get("unless", {}).items()):
         return
+    if section.get("unless_given") in recipe.overrides:
+        return
     recipe.defaults |= section.get("implied", {})
 
     for name, why in section.get("refused", {}).items():
-        if recipe.is_set(name):
-            fix = "run `tunesmith train --model MODEL --data ROWS.jsonl`, which writes a new recipe"
-            raise recipe.error(name, why, fix)
+        for key in filter(recipe.is_set, recipe.matching(name)):
+            raise recipe.error(key, why, section.get("fix", _NEW_RECIPE))
 
     for name, allowed in section.get("only", {}).items():
-        values = recipe.get(name)
-        if not isinstance(values, list):
-            values = [values]
-        if not all(item in allowed for item in values):
+        value = recipe.get(name)
+        if not all(item in allowed for item in (value if isinstance(value, list) else [value])):
             fix = f"use one of the supported values: {', '.join(map(str, allowed))}"
-            raise recipe.error(name, "this value has no equivalent in a recipe", fix)
+            raise recipe.error(name, _NO_EQUIVALENT, fix)
 
     for rule in section.get("rules", []):
         _apply_rule(recipe, *rule)
@@ -126,8 +117,7 @@ def _apply_rule(recipe: Translation, name: str, expected: JsonValue, *effect: An
 
     `effect` is either a note, or a recipe key with its new value and a reason.
     """
-    matching = [key for key in recipe.source.keys if fnmatchcase(without_indices(key), name)]
-    for key in matching or [name]:
+    for key in recipe.matching(name) or [name]:
         if not recipe.has(key, expected):
             continue
         if len(effect) == 1:
@@ -149,18 +139,15 @@ def _set_target(recipe: Translation) -> None:
     Raise UsageError if the layers are given as a regular expression.
     """
     name = "adapter.target"
-    target = recipe.values.get(name)
-    if target is None:
-        target = recipe.listed(name) or ["q_proj", "v_proj"]
-        is_list = all(re.fullmatch(r"[\w.-]+", layer) for layer in target)
-        if not is_list and name not in recipe.overrides:
-            raise recipe.error(
-                name,
-                "this value is a regular expression, and a recipe lists the layers",
-                "list the layers: adapter.target='[q_proj, v_proj]'",
-            )
+    target = recipe.values.get(name) or recipe.listed(name) or ["q_proj", "v_proj"]
     if target in (["all"], ["all-linear"]):
         target = "all-linear"
+    if any(re.search(r"[^\w.-]", layer) for layer in target):
+        raise recipe.error(
+            name,
+            "this value is a regular expression, and a recipe lists the layers",
+            "list the layers: adapter.target='[q_proj, v_proj]'",
+        )
     recipe.set_key(name, target, name)
 
 
@@ -187,18 +174,19 @@ def _set_trl_losses(recipe: Translation) -> None:
     losses = recipe.listed("loss_type")
     if recipe.method != "dpo" or len(losses) < 2:
         return
-    weights = recipe.get("loss_weights") or [1.0, 1.0]
-    fix = "use one loss_type, or add sft as the second one with loss_weights [1.0, WEIGHT]"
-
-    if losses[1:] != ["sft"]:
-        raise recipe.error("loss_type", "this value has no equivalent in a recipe", fix)
-    if not isinstance(weights, list) or weights[:-1] != [1]:
-        raise recipe.error("loss_weights", "this value has no equivalent in a recipe", fix)
+    weights = [scalar(weight) for weight in recipe.listed("loss_weights")] or [1.0, 1.0]
+    for name, is_known in (
+        ("loss_type", losses[1:] == ["sft"]),
+        ("loss_weights", weights[:-1] == [1]),
+    ):
+        if not is_known:
+            fix = "use one loss_type, or add sft as the second one with loss_weights [1.0, WEIGHT]"
+            raise recipe.error(name, _NO_EQUIVALENT, fix)
     recipe.set_key("method.sft_weight", weights[-1], "loss_type", "loss_weights")
 
 
 def _set_trl_rows(recipe: Translation) -> None:
-    """Set the recipe's data set and its supervised tokens. A file of TRL has only one data set."""
+    """Set the format of the rows and the supervised tokens. A file of TRL has one data set."""
     column = recipe.get("dataset_text_field") or "text"
     # `dataset_text_field` can also name a column of messages. TRL then reads the column as
     # messages.
@@ -207,28 +195,12 @@ def _set_trl_rows(recipe: Translation) -> None:
     method_format = formats.get(recipe.method, "messages" if is_chat else "text")
     row_format = recipe.overrides.get("data.train.format", method_format)
 
-    if "data.train.source" not in recipe.overrides:
-        for key in recipe.source.keys:
-            section = key.partition(".")[0]
-            if section in ("datasets", "dataset_mixture", "dataset_mixer"):
-                raise recipe.error(
-                    key,
-                    "a mixture of data sets is not supported",
-                    f"list the data sets in data.train of a recipe; for one data set, {_NAME_ROWS}",
-                )
-        splits = {"data.train": "dataset_train_split"}
-        # YAML reads an unquoted `no` as false, so `eval_strategy: no` is the text "False".
-        if str(recipe.get("eval_strategy")).lower() not in ("no", "none", "false"):
-            splits["data.validation"] = "dataset_test_split"
-        for key, split in splits.items():
-            names = {"dataset_name": "source", "dataset_config": "name", split: "split"}
-            source = _renamed(recipe.get, names)
-            if "source" not in source:
-                continue
-            source["format"] = row_format
+    why = f"The rows have the format {row_format}."
+    for part in ("data.train", "data.validation"):
+        if f"{part}.source" in recipe.values:
+            recipe.set_key(f"{part}.format", row_format, why=why)
             if row_format == "text" and column != "text":
-                source["columns"] = {"text": column}
-            recipe.set_key(key, source, *names)
+                recipe.set_key(f"{part}.columns", {"text": column}, "dataset_text_field")
 
     answers_only = recipe.names["answers_only"]
     # If `completion_only_loss` is false, the prompts of prompt-completion rows are supervised too.
@@ -236,12 +208,8 @@ def _set_trl_rows(recipe: Translation) -> None:
     is_masked = row_format == "prompt-completion" and not recipe.is_set("answers_only")
     if any(map(recipe.is_on, answers_only)):
         is_masked = row_format != "text"
-    train_on = "response" if is_masked or recipe.method != "sft" else "all"
-    if recipe.method == "grpo":
-        train_on = "last"
-    recipe.set_key(
-        "data.train_on", train_on, *answers_only, why=f"The rows have the format {row_format}."
-    )
+    train_on = {"sft": "response" if is_masked else "all", "grpo": "last"}
+    recipe.set_key("data.train_on", train_on.get(recipe.method, "response"), *answers_only, why=why)
 
 
 def _set_rows(recipe: Translation, part: str) -> None:
@@ -253,13 +221,12 @@ def _set_rows(recipe: Translation, part: str) -> None:
     rows = recipe.table["rows"]
     keys = recipe.source.keys
     sources = []
-    names = []
+    names: list[str] = []
     for prefix, usual_type in rows[part].items():
         if f"data.{part}.source" in recipe.overrides:
             why = "The data set on the command line replaces this key."
-            for name in keys:
-                if f"{name}.".startswith(f"{prefix}."):
-                    recipe.note(name, why, differs=False)
+            for name in recipe.matching(f"{prefix}.*") + recipe.matching(prefix):
+                recipe.note(name, why, differs=False)
             continue
         # In this case the value lists names of data sets, and the file has no other keys for them.
         if recipe.listed(prefix):
@@ -301,11 +268,19 @@ def _read_entry(
         names.append(f"{entry}.{key}")
         return recipe.get(names[-1])
 
+    def renamed(theirs: Mapping[str, str]) -> dict[str, Any]:
+        # If several keys have the same name in the recipe, the last one wins.
+        return {ours: value for key, ours in theirs.items() if (value := get(key))}
+
     kind = "text" if recipe.has("stage", "pt") else METHOD_FORMATS.get(recipe.method, "sft")
     type_key = f"{entry}.{rows['type']}"
     named_type = str(get(rows["type"]) or usual_type or "")
-    for key, value in _implied_by_type(recipe, kind, type_key, named_type).items():
-        recipe.defaults[f"{entry}.{key}"] = value
+    types = rows["types"][kind]
+    # A module or template may precede the name of a type, as in `chatml.intel`.
+    known = [name for name in types if fnmatchcase(f".{named_type}", f"*.{name}")]
+    if not known:
+        raise recipe.error(type_key, f"the supported types are {', '.join(types)}", _NAME_ROWS)
+    recipe.defaults |= {f"{entry}.{key}": value for key, value in types[known[0]].items()}
 
     files = next(filter(None, [get(key) for key in rows["sources"]]), None)
     if files is None:
@@ -320,8 +295,8 @@ def _read_entry(
         if kind == "sft" and recipe.get(f"{entry}.{key}") == role:
             get(key)
             row_format = format_of_role
-    columns = _renamed(get, rows["columns"].get(row_format, {}))
-    source = _renamed(get, rows["keys"]) | {"format": row_format}
+    columns = renamed(rows["columns"].get(row_format, {}))
+    source = renamed(rows["keys"]) | {"format": row_format}
     # A column with the name that the recipe expects needs no mapping.
     mapped = {ours: name for ours, name in columns.items() if ours and name != ours}
     if mapped:
@@ -337,50 +312,7 @@ def _read_entry(
         recipe.set_key("model.vision", True, type_key)
         recipe.set_key("data.image_max_pixels", recipe.get("image_max_pixels"), "image_max_pixels")
 
-    if not isinstance(files, list):
-        files = [files]
-    return [{"source": file, **source} for file in files]
-
-
-def _implied_by_type(
-    recipe: Translation, kind: str, type_key: str, named_type: str
-) -> dict[str, JsonValue]:
-    """Return the default values for a data set of the given type.
-
-    Raise UsageError if the type is unknown.
-
-    Args:
-        kind: group of types in the table: "sft", "text" or the format of a preference method.
-        type_key: key that contains the type, for errors.
-    """
-    rows = recipe.table["rows"]
-    for key in recipe.source.keys:
-        if key.startswith(f"{type_key}."):
-            raise recipe.error(key, "a custom prompt text is not supported", rows["own_prompt"])
-
-    types: dict[str, dict[str, JsonValue]] = rows["types"][kind]
-    # A module or template may precede the name of a type, as in `chatml.intel`. A variant may
-    # follow the name, except for SFT.
-    variant = "" if kind == "sft" else r"\b.*"
-    for name, implied in types.items():
-        if re.fullmatch(rf"(.*\.)?{name}{variant}", named_type):
-            return implied
-    raise recipe.error(type_key, f"the supported types are {', '.join(types)}", _NAME_ROWS)
-
-
-def _renamed(get: Callable[[str], Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of the other tool's keys that are set, by their names in the recipe.
-
-    Args:
-        get: returns the value of a key of the other tool.
-        names: key of the other tool -> name in the recipe. The last key with a name wins.
-    """
-    values = {}
-    for theirs, ours in names.items():
-        value = get(theirs)
-        if value:
-            values[ours] = value
-    return values
+    return [{"source": file, **source} for file in (files if isinstance(files, list) else [files])]
 
 
 def _read_dataset_info(recipe: Translation, prefix: str) -> None:
@@ -436,8 +368,8 @@ def _set_train_on(recipe: Translation) -> None:
 
 
 def _set_lengths(recipe: Translation) -> None:
-    """Set packing, gradient clipping, the number of held-out rows and the duration."""
-    packs = recipe.is_on("packing") or recipe.is_on("neat_packing")
+    """Set packing, the number of held-out rows and the duration."""
+    packs = recipe.is_on("packing")
     if packs and recipe.get("data.seq_len") is None:
         raise recipe.error(
             "data.seq_len",
@@ -448,11 +380,7 @@ def _set_lengths(recipe: Translation) -> None:
     if not packs and not recipe.is_set("packing"):
         packs = True
         why = "The source pads rows. Packed rows give the same result in less time."
-    recipe.set_key("data.pack", packs, "packing", "neat_packing", why=why)
-
-    # In other tools a limit of 0 disables clipping.
-    clip_norm = recipe.number("train.clip_norm") or None
-    recipe.set_key("train.clip_norm", clip_norm, "train.clip_norm")
+    recipe.set_key("data.pack", packs, "packing", why=why)
 
     held_out = recipe.number("hold_out")
     if held_out and "data.validation" not in recipe.values:
@@ -470,9 +398,9 @@ def _set_lengths(recipe: Translation) -> None:
 
 def _set_schedule(recipe: Translation) -> None:
     """Set the betas, the minimum learning rate and the warm-up."""
-    if any(map(recipe.is_set, _BETAS)):
-        betas = [recipe.number(name) if recipe.is_set(name) else _BETAS[name] for name in _BETAS]
-        recipe.set_key("train.betas", betas, *_BETAS)
+    names = ("beta1", "beta2")
+    if any(map(recipe.is_set, names)):
+        recipe.set_key("train.betas", list(map(recipe.number, names)), *names)
 
     if recipe.is_set("min_rate_share"):
         names = ("min_rate_share", "train.learning_rate")
@@ -493,7 +421,8 @@ def _set_intervals(recipe: Translation) -> None:
     The file can set a number of times per epoch, a number of steps, every epoch, or never.
     """
     intervals = {"save": "checkpoint.every"}
-    if "data.validation" in recipe.values or "data.hold_out" in recipe.values:
+    held_out = {"data.validation", "data.validation.source", "data.hold_out"}
+    if held_out & recipe.values.keys():
         intervals["eval"] = "validate.every"
     for what, key in intervals.items():
         names = (f"{what}s_per_epoch", f"{what}_strategy", f"{what}_steps")
@@ -547,7 +476,7 @@ def _set_batch(recipe: Translation, world: int | None) -> None:
         batch = _count_prompts(recipe, batch)
         why += ". A batch of the source counts answers, and a batch of tunesmith counts prompts."
     size = f"{batch} examples"
-    if recipe.is_on("packing") or recipe.is_on("neat_packing"):
+    if recipe.is_on("packing"):
         why += f", {count_of(batch, 'packed row')} of data.seq_len"
         size = f"{batch * recipe.number('data.seq_len')} tokens"
     names = ("rows", "accumulation", "processes")

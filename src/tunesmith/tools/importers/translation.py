@@ -3,10 +3,10 @@
 It holds the values of recipe keys, their origins, and notes on keys that are not in the recipe.
 """
 
-import fnmatch
 import json
-import re
+from collections import defaultdict
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import METHOD_KEYS
 from tunesmith.config.tree import Node, scalar, wrap
 from tunesmith.config.typed import literal_words
-from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
+from tunesmith.errors import UsageError, is_secret_name, mask_words
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, table
 from tunesmith.units import Length
 
@@ -61,21 +61,18 @@ class Translation:
         files: path -> text of each file that the recipe needs next to it.
     """
 
-    def __init__(self, source: SourceConfig, overrides: Mapping[str, str]) -> None:
+    def __init__(self, source: SourceConfig, overrides: Mapping[str, Any]) -> None:
         self.source = source
-        self.overrides = dict(overrides)
-        if "method" in overrides:
-            self.overrides["method.name"] = overrides["method"]
-
+        self.overrides = overrides
         self.table = table(source.tool)
         self.defaults: dict[str, JsonValue] = dict(self.table["defaults"])
-        self.names: dict[str, list[str]] = {}
+        self.names: dict[str, list[str]] = defaultdict(list)
         for theirs, ours in self.table["keys"].items():
-            self.names.setdefault(ours, []).append(theirs)
+            self.names[ours].append(theirs)
 
         self.values: dict[str, Any] = {}
-        self.origins: dict[str, list[SourceKey]] = {}
-        self.reasons: dict[str, list[str]] = {}
+        self.origins: dict[str, list[SourceKey]] = defaultdict(list)
+        self.reasons: dict[str, list[str]] = defaultdict(list)
         self.notes: dict[str, Note] = {}
         self.files: dict[Path, str] = {}
 
@@ -98,6 +95,13 @@ class Translation:
                 return SourceKey(key, self.defaults[key], f"{self.source.tool}'s default")
         return None
 
+    def matching(self, pattern: str) -> list[str]:
+        """Return the keys of the file that match a pattern such as `datasets.*`.
+
+        List indices are removed before a key is compared.
+        """
+        return [key for key in self.source.keys if fnmatchcase(without_indices(key), pattern)]
+
     def get(self, name: str) -> JsonValue:
         """Return the value of a key. If the key is missing or null, return its default value."""
         key = self.find(name)
@@ -113,13 +117,10 @@ class Translation:
         In the file, the number may be in quotes.
         """
         value = self.get(name)
-        if isinstance(value, str):
-            value = scalar(value.replace("_", ""))
-        if value is None:
-            return 0
-        if isinstance(value, bool | str | list | dict) or not abs(value) < 1e15:
+        number = 0 if value is None else scalar(str(value).replace("_", ""))
+        if isinstance(number, bool | str | None) or not abs(number) < 1e15:
             raise self.error(name, "the value must be a number", "set the key to a number")
-        return value
+        return number
 
     def count(self, name: str) -> int:
         """Return the value of a key as an integer of at least 1. Return 1 if the key is not set."""
@@ -154,21 +155,16 @@ class Translation:
     def has(self, name: str, expected: JsonValue) -> bool:
         """Return whether a key of the file or of the recipe has the expected value.
 
-        If `expected` is a text, the value must contain it; "true" also matches "yes" or "on". If
+        If `expected` is a text, the value must contain it. "yes" and "on" are read as "true". If
         `expected` is a number or null, the value must be equal.
         """
-        value = self.values.get(name, self.get(name))
-        value = self.overrides.get(name, value)
-
+        value = self.overrides.get(name, self.values.get(name, self.get(name)))
         if value is None or expected is None:
             return value is expected
         text = str(value).lower()
-        # Exclude booleans, because bool is a subclass of int.
-        if isinstance(expected, int | float) and not isinstance(expected, bool):
+        if isinstance(expected, int | float):
             return scalar(text) == expected
-        if expected in ("true", "false") and text in _TRUTH:
-            return _TRUTH[text] == expected
-        return str(expected).lower() in text
+        return str(expected) in _TRUTH.get(text, text)
 
     @property
     def method(self) -> str:
@@ -177,9 +173,8 @@ class Translation:
     def set_key(self, key: str, value: object, *names: str, why: str = "") -> None:
         """Set a recipe key whose value is derived from the other tool's keys `names`."""
         self.values[key] = value
-        origins = [origin for origin in map(self.find, names) if origin is not None]
-        self.origins.setdefault(key, []).extend(origins)
-        self.reasons.setdefault(key, []).append(why)
+        self.origins[key] += filter(None, map(self.find, names))
+        self.reasons[key].append(why)
 
     def note(self, name: str | SourceKey, why: str, *, differs: bool = True) -> None:
         """Add a note that says why a key is not in the recipe, or how its effect differs."""
@@ -247,14 +242,18 @@ class Translation:
         return None
 
     def why_ignored(self, key: str) -> str:
-        """Return why a run of this recipe ignores a recipe key, or "" if it reads the key."""
-        if key.startswith("adapter.") and self.values.get("adapter.kind") == "none":
-            if key == "adapter.kind":
-                return ""
+        """Return why a recipe key is not written to the recipe, or "" if it is written."""
+        if key in self.overrides and key != "method.name":
+            return "The command line replaces this key."
+        names_rows = key.startswith(("data.train.", "data.validation."))
+        if names_rows and "data.train.source" in self.overrides:
+            return "The data set on the command line replaces this key."
+        if (
+            key.startswith("adapter.")
+            and key != "adapter.kind"
+            and self.has("adapter.kind", "none")
+        ):
             return "No adapter is trained."
-        template = self.overrides.get("data.template", self.values.get("data.template"))
-        if key == "data.template_args" and template in ("alpaca", "raw"):
-            return "These rows are formatted without a chat template."
         name = key.removeprefix("method.")
         if name not in (key, "name", *METHOD_KEYS.get(self.method, ())):
             return f"The method {self.method} does not use this key."
@@ -263,21 +262,21 @@ class Translation:
     def finish(self) -> None:
         """Finish the translation: remove unused recipe keys, and add the missing notes.
 
-        A recipe key is removed if the recipe, with its other values, does not read it. Each key of
-        the file that is neither in the recipe nor noted yet gets a note.
+        A recipe key is removed if the command line replaces it, or if the recipe, with its other
+        values, does not read it. Each key of the file that is neither in the recipe nor noted yet
+        gets a note.
         """
-        ignored = {key: why for key in self.values if (why := self.why_ignored(key))}
-        for key in ignored:
-            del self.values[key]
-
-        mentioned = self.mentioned
-        for key, why in ignored.items():
-            for origin in self.origins[key]:
-                if origin.key in self.source.keys and origin.key not in mentioned:
-                    self.note(origin, why, differs=False)
+        ignored: dict[str, str] = {}
+        for key in list(self.values):
+            why = self.why_ignored(key)
+            if why:
+                del self.values[key]
+                ignored |= {origin.key: why for origin in self.origins[key]}
         mentioned = self.mentioned
         for name, key_of_file in self.source.keys.items():
-            if name not in mentioned:
+            if name in ignored.keys() - mentioned:
+                self.note(key_of_file, ignored[name], differs=False)
+            elif name not in mentioned:
                 why, differs = self._why_absent(key_of_file)
                 self.note(key_of_file, why, differs=differs)
 
@@ -291,24 +290,20 @@ class Translation:
         """Return why a key is not in the recipe, and whether this can change the training."""
         name = without_indices(key.key)
         value = key.value
+        if value is None:
+            return "This key is not set.", False
         parts = value if isinstance(value, list) and value else [value]
         texts = [f"{name}={'' if part in _UNSET else part}" for part in parts]
-        for part, unset in (("nothing", _UNSET), ("differs", _OFF)):
+        for part in ("nothing", "differs"):
+            # Keys that are off do not differ, except for patterns with a value.
+            is_off = part == "differs" and value in _OFF
             for why, patterns in self.table[part].items():
-                whole = [pattern if "=" in pattern else f"{pattern}=*" for pattern in patterns]
-                any_pattern = "|".join(map(fnmatch.translate, whole))
-                if not all(re.match(any_pattern, text) for text in texts):
-                    continue
+                whole = [p if "=" in p else f"{p}=*" for p in patterns if "=" in p or not is_off]
+                if all(any(fnmatchcase(text, pattern) for pattern in whole) for text in texts):
+                    return why, part == "differs"
 
-                # A pattern without "=" means that the key is on, so it does not apply to a value
-                # that is off. A pattern `key=value` applies to any value.
-                has_values = any("=" in pattern for pattern in patterns)
-                if value is None or (value in unset and not has_values):
-                    return "This key is not set.", False
-                return why, part == "differs"
-
-        first = self.find(name)
-        if name in self.table["keys"] and first is not None:
+        first = self.find(self.table["keys"].get(name, ""))
+        if first is not None:
             if first.key == key.key:
                 return "The command line replaces this key.", False
             # The key belongs to a later entry of a list, or it is an older name of the same
@@ -328,8 +323,8 @@ class Translation:
         for key in self.values:
             parts = [f"{item.where} {item.key}: {_shown(item)}" for item in self.origins[key]]
             # A dict removes duplicate parts and keeps their order.
-            parts = list(dict.fromkeys(filter(None, parts + self.reasons[key])))
-            comments[key] = "; ".join(parts) or f"{self.source.tool}'s default"
+            unique = dict.fromkeys(filter(None, parts + self.reasons[key]))
+            comments[key] = "; ".join(unique) or f"{self.source.tool}'s default"
         return comments | dict.fromkeys(self.overrides, "given on the command line")
 
     def tree(self) -> Node:
@@ -374,12 +369,9 @@ def length(number: float) -> str:
 
 def _shown(key: SourceKey) -> str:
     """Return the value of a key as text for a comment: one line, in ASCII and without secrets."""
-    value = key.value
-    if isinstance(value, str) and any(map(is_secret_name, key.key.split("."))):
-        return '"***"'
-
-    if isinstance(value, str):
-        value = mask_words([value])[0]
-    elif isinstance(value, list):
-        value = [mask_words([part])[0] if isinstance(part, str) else part for part in value]
-    return mask(json.dumps(value))
+    is_secret = any(map(is_secret_name, key.key.split(".")))
+    shown = [
+        mask_words(["***" if is_secret else value])[0] if isinstance(value, str) else value
+        for value in (key.value if isinstance(key.value, list) else [key.value])
+    ]
+    return json.dumps(shown if isinstance(key.value, list) else shown[0])

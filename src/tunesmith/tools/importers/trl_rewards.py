@@ -48,7 +48,7 @@ def set_rewards(recipe: Translation, wrapper: Path) -> None:
         wrapper: file of the scorers, which calls TRL's functions. Its text is added to
             `recipe.files`.
     """
-    limit = recipe.count("max_prompt_length") if recipe.is_set("max_prompt_length") else 0
+    limit = recipe.number("max_prompt_length")
     why = (
         ""
         if limit
