@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith.config.schema import FEW_STEPS, RowFault, Train
+from tunesmith.config.schema import FEW_STEPS, Train
 from tunesmith.data.compare.row_checks import place
-from tunesmith.data.compare.row_texts import MAX_CHARACTERS, MAX_ROWS
 from tunesmith.data.compare.splits import SourceRows, Splits
 from tunesmith.data.rows.columns import plain
 from tunesmith.data.rows.formats import SPLIT_COLUMNS
@@ -25,7 +24,7 @@ from tunesmith.data.text.row_warnings import ROW_WARNINGS
 from tunesmith.data.text.template import Template, title_of
 from tunesmith.data.text.template_args import split_arguments
 from tunesmith.data.tokens.contract import Contract
-from tunesmith.data.tokens.token_set import Repeats, SourceTokens, TokenSet
+from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.host.demo_model import DEMO_DESCRIPTION
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.run_dir import HELD_OUT
@@ -74,17 +73,13 @@ def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
     if why or data.template.raw or is_chosen:
         yield template_line(data.template)
     for split, part in data.sources():
-        is_held_out = split == "validation" and data.run.data.hold_out is not None
-        figures = ", ".join(source_figures(data, part, is_held_out=is_held_out))
+        figures = ", ".join(source_figures(data, split, part))
         yield f"{split}: {relative_to_cwd(part.counts.source)}: {figures}"
     yield from layout_lines(part.rows for _, part in data.sources())
     yield from left_out_lines(data.splits)
     if data.run.data.hold_out and data.validation is not None:
-        count = count_of(data.validation.counts.kept_rows, "held-out row")
-        if data.run.validate.max_examples is not None:
-            count = "held-out rows"  # the validation set has fewer rows than are held out
         listed = relative_to_cwd(Path(data.run.output_dir) / HELD_OUT)
-        yield f"{count} listed in {listed}; to train on all rows, set data.hold_out=null"
+        yield f"{listed} lists the held-out rows; to train on all rows, set data.hold_out=null"
     yield schedule_line(data)
     if why:
         yield from contract_lines(data.contracts)
@@ -107,8 +102,7 @@ def data_lines(data: TrainingData) -> Iterator[str]:
     for split, part in data.sources():
         name = part.counts.source
         yield f"{split}: {Path(name).name if is_local(name) else name}"
-        for figure in source_figures(data, part):
-            yield f"  {figure}"
+        yield from (f"  {figure}" for figure in source_figures(data, split, part))
     yield "tokens per example:"
     bars = histogram(data.train)
     largest = max((count for _, _, count in bars), default=0)
@@ -179,25 +173,25 @@ def template_line(template: Template) -> str:
     return "; ".join(parts)
 
 
-def source_figures(
-    data: TrainingData, part: SourceTokens, *, is_held_out: bool = False
-) -> Iterator[str]:
+def source_figures(data: TrainingData, split: str, part: SourceTokens) -> Iterator[str]:
     """Yield texts with the counts of rows, tokens and pictures of one source.
 
     Dropped rows are counted separately, with the reason.
-
-    Args:
-        is_held_out: whether the rows are the held-out rows of a source, so that the number of all
-            its rows is not shown.
     """
     counts = part.counts
-    rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
-    if is_held_out:
-        rows = count_of(counts.kept_rows, "held-out row")
-    left_out = ", ".join(_left_out(part, is_held_out=is_held_out))
-    if left_out:
-        rows += f" ({left_out})"
-    yield rows
+    reasons = {
+        "that cannot be read (data.bad_rows: skip)": counts.bad,
+        f"dropped (data.too_long: {part.too_long})": counts.dropped,
+        "dropped because truncation left no supervised token": counts.emptied,
+    }
+    left_out = [f"{count:,} {why}" for why, count in reasons.items() if count]
+    rows = count_of(counts.kept_rows, "held-out row")
+    if split != "validation" or data.run.data.hold_out is None:
+        rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
+        # If fewer rows were read than are available, a recipe key selects a part of the rows.
+        if counts.kept_rows + counts.dropped + counts.emptied < counts.available and counts.taken:
+            left_out.insert(0, counts.taken)
+    yield f"{rows} ({', '.join(left_out)})" if left_out else rows
     if part.weight != 1:
         yield f"weight {part.weight:g}"
     supervised = counts.supervised / max(1, counts.tokens)
@@ -209,7 +203,7 @@ def source_figures(
     if counts.cut:
         yield f"{count_of(counts.cut, 'row')} truncated (data.too_long: {part.too_long})"
     if counts.lost_share:
-        yield f"{_percent(counts.lost_share)} of the tokens lost"
+        yield f"{counts.lost_share:.2%} of the tokens lost"
     if "empty" in counts.flaws and not data.run.samples_answers:
         count, _ = counts.flaws["empty"]
         yield f"{count_of(count, 'row')} with an empty answer"
@@ -217,7 +211,6 @@ def source_figures(
     if counts.pictures:
         share = counts.placeholders / (counts.tokens + counts.cut_tokens + counts.dropped_tokens)
         yield f"{count_of(counts.pictures, 'picture')}, {share:.1%} of the tokens"
-        yield f"{counts.placeholders / counts.pictures:,.0f} tokens per picture"
     if counts.scaled_pictures:
         yield (
             f"{counts.scaled_pictures:,} of them scaled down (data.image_max_pixels: "
@@ -239,26 +232,6 @@ def reward_lines(own: OwnRewards | None) -> Iterator[str]:
         yield f"warning: {count_of(len(own.zeros), 'own answer')} with the reward 0, first {places}"
 
 
-def _left_out(part: SourceTokens, *, is_held_out: bool) -> Iterator[str]:
-    """Yield texts with the number of rows of a source that are left out, and the reason."""
-    counts = part.counts
-    # If fewer rows were read than are available, a recipe key selects a part of the rows.
-    read = counts.kept_rows + counts.dropped + counts.emptied
-    if read < counts.available and counts.taken and not is_held_out:
-        yield counts.taken
-    if counts.bad:
-        yield f"{counts.bad:,} that cannot be read (data.bad_rows: skip)"
-    if counts.dropped:
-        yield f"{counts.dropped:,} dropped (data.too_long: {part.too_long})"
-    if counts.emptied:
-        yield f"{counts.emptied:,} dropped because truncation left no supervised token"
-
-
-def _percent(share: float) -> str:
-    """Format a fraction as a percentage. A value above 0 is never shown as 0."""
-    return "less than 0.1%" if share < 0.001 else f"{share:.1%}"
-
-
 def layout_lines(sources: Iterable[Rows]) -> list[str]:
     """Return lines with the detected form of the files, such as the separator of a CSV file."""
     lines = [f"{relative_to_cwd(rows.name)}: {rows.layout}" for rows in sources if rows.layout]
@@ -276,10 +249,7 @@ def left_out_lines(splits: Splits) -> Iterator[str]:
         yield line
     findings = splits.findings
     if findings.compared < findings.rows:
-        yield (
-            f"only {findings.compared:,} of {findings.rows:,} rows (evenly spaced) are compared, "
-            f"at most {MAX_ROWS:,} rows or {MAX_CHARACTERS // 10**6:,} million characters"
-        )
+        yield f"only {findings.compared:,} of {findings.rows:,} rows are compared, evenly spaced"
 
 
 def schedule_line(data: TrainingData) -> str:
@@ -327,19 +297,22 @@ def contract_lines(contracts: Iterable[Contract]) -> list[str]:
             if check.note and not check.broken:
                 notes.append(check.note)
         things = ", ".join(count_of(count, kind) for kind, count in counts.items())
-        passed = count_of(len(checks), "check")
-        if contract.broken:
-            passed = f"{len(checks) - len(contract.broken)} of {passed}"
-        lines.append(
-            "; ".join([f"token contract of {contract.split}: passed {passed} of {things}", *notes])
-        )
+        passed = len(checks) - len(contract.broken)
+        result = f"passed {passed} of {count_of(len(checks), 'check')} of {things}"
+        lines.append("; ".join([f"token contract of {contract.split}: {result}", *notes]))
     return lines
 
 
 def data_warnings(data: TrainingData) -> list[str]:
     """Return warnings about valid but rarely intended data, each with its fix."""
-    texts = [text for warn in DATA_WARNINGS for text in warn(data)]
-    texts += row_warnings_of(data.splits, data.across)
+    texts = [*_few_steps(data), *_contract_warnings(data), *_unread_files(data)]
+    texts += [
+        f"{split}: {text}"
+        for warn in SOURCE_WARNINGS
+        for split, part in data.sources()
+        for text in warn(data, part)
+    ]
+    texts += [*_repeats(data), *row_warnings_of(data.splits, data.across)]
     return [f"warning: {text}" for text in texts]
 
 
@@ -373,65 +346,57 @@ def _contract_warnings(data: TrainingData) -> Iterator[str]:
             yield f"{contract.split}: {text}"
 
 
-def _bad_rows(data: TrainingData) -> Iterator[str]:
-    """Yield warnings about rows that are skipped because they cannot be read."""
-    for split, part in data.sources():
-        counts = part.counts
-        if counts.bad:
-            first, what = counts.bad_rows[0]
-            yield (
-                f"{split}: left out by data.bad_rows=skip: {counts.bad:,} of"
-                f" {count_of(counts.rows, 'row')}, first {part.rows.where(first)}: {what};"
-                " fix: correct these rows, which `tunesmith data --json` lists"
-            )
+def _bad_rows(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+    """Yield a warning about rows that are skipped because they cannot be read."""
+    counts = part.counts
+    if counts.bad:
+        first, what = counts.bad_rows[0]
+        yield (
+            f"left out by data.bad_rows=skip: {counts.bad:,} of {count_of(counts.rows, 'row')},"
+            f" first {part.rows.where(first)}: {what};"
+            " fix: correct these rows, which `tunesmith data --json` lists"
+        )
 
 
-def _unread_columns(data: TrainingData) -> Iterator[str]:
-    """Yield warnings about columns and message keys that may be important but are not read.
+def _unread_columns(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+    """Yield a warning about columns and message keys that may be important but are not read.
 
     Columns that may rate the answers come first.
     """
-    if data.run.samples_answers:
-        return  # the scorer gets all columns
-    for split, part in data.sources():
-        names = []
-        columns = part.source.columns.values() if part.source else ()
-        unread = sorted(part.counts.unread.items(), key=lambda entry: not rates_answers(entry[0]))
-        for name, (count, first) in unread:
-            if name == "rejected" and "chosen" in columns:
-                # a recipe that maps the chosen answers leaves out the rejected answers on purpose
-                continue
-            if plain(name) in SPLIT_COLUMNS and count == part.counts.rows:
-                # The column contains the name of a split, and all rows of the file belong to the
-                # chosen split.
-                continue
-            some = f" in {count_of(count, 'row')} (first {part.rows.where(first)})"
-            names.append(name + some * (count < part.counts.rows))
-        if names:
-            yield (
-                f"{split}: training does not read {', '.join(names)}; fix: map the columns with"
-                " `columns`, or delete the information that is not needed"
-            )
+    names = []
+    columns = part.source.columns.values() if part.source else ()
+    unread = sorted(part.counts.unread.items(), key=lambda entry: not rates_answers(entry[0]))
+    for name, (count, first) in unread:
+        # A recipe that maps the chosen answers leaves out the rejected answers on purpose.
+        is_left_out = name == "rejected" and "chosen" in columns
+        if count < part.counts.rows and not is_left_out:
+            names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
+        # A column with the name of a split is not needed: all rows belong to the chosen split.
+        elif plain(name) not in SPLIT_COLUMNS and not is_left_out:
+            names.append(name)
+    # The scorer of sampled answers gets all columns.
+    if names and not data.run.samples_answers:
+        yield (
+            f"training does not read {', '.join(names)}; fix: map the columns with"
+            " `columns`, or delete the information that is not needed"
+        )
 
 
-def _control_tokens(data: TrainingData) -> Iterator[str]:
-    """Yield warnings about special tokens in the text of rows."""
-    if data.run.data.template == "raw":
-        return  # raw texts contain their special tokens on purpose
-    for split, part in data.sources():
-        # Do not warn about tokens of `model.added_tokens`, because they are expected in the rows.
-        tokens = [
-            f"{token} in {count_of(count, 'row')} (first {part.rows.where(first)})"
-            for token, (count, first) in part.counts.control_tokens.items()
-            if token not in data.run.model.added_tokens
-        ]
-        if tokens:
-            yield (
-                f"{split}: the text of rows contains special tokens of the tokenizer:"
-                f" {', '.join(tokens)}. The model sees such a text as a control token, which may"
-                " end the turn or begin another; fix: remove it from the rows, or put a space"
-                " into it"
-            )
+def _control_tokens(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+    """Yield a warning about special tokens in the text of rows."""
+    # Do not warn about tokens of `model.added_tokens`, because they are expected in the rows.
+    tokens = [
+        f"{token} in {count_of(count, 'row')} (first {part.rows.where(first)})"
+        for token, (count, first) in part.counts.control_tokens.items()
+        if token not in data.run.model.added_tokens
+    ]
+    # Raw texts contain their special tokens on purpose.
+    if tokens and data.run.data.template != "raw":
+        yield (
+            f"the text of rows contains special tokens of the tokenizer: {', '.join(tokens)}. The"
+            " model sees such a text as a control token, which may end the turn or begin another;"
+            " fix: remove it from the rows, or put a space into it"
+        )
 
 
 def _unread_files(data: TrainingData) -> Iterator[str]:
@@ -450,45 +415,36 @@ def _unread_files(data: TrainingData) -> Iterator[str]:
     )
 
 
-def _lost_tokens(data: TrainingData) -> Iterator[str]:
-    """Yield warnings if too many tokens of a source are lost in truncated or dropped rows."""
+def _lost_tokens(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+    """Yield a warning if too many tokens of a source are lost in truncated or dropped rows."""
     seq_len = data.run.data.seq_len
-    for split, part in data.sources():
-        counts = part.counts
-        if counts.lost_share <= MAX_LOST_TOKENS_SHARE:
-            continue
-        left_out = counts.dropped + counts.emptied
-        lost = []
-        if left_out:
-            lost.append(f"{count_of(left_out, 'row')} dropped")
-        if counts.cut:
-            lost.append(f"{count_of(counts.cut, 'row')} truncated")
-        fixes = []
-        if part.source is not None and part.source.format == "text":
-            fixes.append("set data.too_long=auto, which splits texts")
-        for length in dict.fromkeys((counts.longest_of_99, counts.longest)):
-            if seq_len < length <= (data.position_limit or length):
-                fixes.append(f"set data.seq_len={length}")
-        if not fixes:
-            fixes.append("shorten or split these rows: the model does not support longer rows")
-        share = _percent(counts.lost_share)
-        yield (
-            f"{split}: {share} of the tokens of {relative_to_cwd(counts.source)} are lost: "
-            f"{' and '.join(lost)} at data.seq_len {seq_len:,}; fix: {', or '.join(fixes)}"
-        )
+    counts = part.counts
+    if counts.lost_share <= MAX_LOST_TOKENS_SHARE:
+        return
+    fixes = [
+        f"set data.seq_len={length}"
+        for length in dict.fromkeys((counts.longest_of_99, counts.longest))
+        if seq_len < length <= (data.position_limit or length)
+    ]
+    if part.source is not None and part.source.format == "text":
+        fixes.append("set data.too_long=auto, which splits texts")
+    fix = ", or ".join(fixes)
+    yield (
+        f"{counts.lost_share:.1%} of the tokens of {relative_to_cwd(counts.source)} are lost at "
+        f"data.seq_len {seq_len:,}: {count_of(counts.dropped + counts.emptied, 'row')} dropped, "
+        f"{counts.cut:,} truncated; fix: {fix or 'shorten or split these rows'}"
+    )
 
 
-def _flaws(data: TrainingData) -> Iterator[str]:
-    for split, part in data.sources():
-        for name, (count, first) in part.counts.flaws.items():
-            # Skip the warning "joined" if the recipe sets `data.template: raw`, because joining the
-            # texts is then intended.
-            is_meant = name == "joined" and data.run.data.template != "auto"
-            if not is_meant and not (name == "empty" and data.run.samples_answers):
-                warning = ROW_WARNINGS[name]
-                rows = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
-                first_row = f"first {part.rows.where(first)}: {warning.why}"
-                yield f"{split}: {rows}, {first_row}; fix: {warning.fix}"
+def _flaws(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+    for name, (count, first) in part.counts.flaws.items():
+        # Skip the warning "joined" if the recipe sets `data.template: raw`, because joining the
+        # texts is then intended.
+        is_meant = name == "joined" and data.run.data.template != "auto"
+        if not is_meant and not (name == "empty" and data.run.samples_answers):
+            warning = ROW_WARNINGS[name]
+            rows = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
+            yield f"{rows}, first {part.rows.where(first)}: {warning.why}; fix: {warning.fix}"
 
 
 def _repeats(data: TrainingData) -> Iterator[str]:
@@ -496,21 +452,21 @@ def _repeats(data: TrainingData) -> Iterator[str]:
     # Most duplicate examples come from near-duplicate rows, which have a separate warning. Warn
     # only if there are more duplicate examples than near-duplicate rows.
     near = data.splits.kept_findings.faulty_rows("near-duplicates")
-    if data.duplicates.count > len(near):
-        what = "training examples are duplicates"
-        text = _repeats_text(data.duplicates, data.train, what)
-        yield f"{text}; fix: delete the duplicates, or set 'data.leave_out=[near-duplicates]'"
-    if data.overlap.count and data.validation is not None:
-        what = "validation examples are also in the training data, so val_loss is too optimistic"
-        text = _repeats_text(data.overlap, data.validation, what)
+    repeats = data.duplicates
+    if repeats.count > len(near):
         yield (
-            f"{text}; fix: use splits that share no row, such as train[:95%] and train[95%:];"
-            " or delete the duplicates"
+            f"{repeats.count:,} of {len(data.train):,} training examples are duplicates, first "
+            f"{repeats.where} ({repeats.earlier}); fix: delete the duplicates, or set "
+            "'data.leave_out=[near-duplicates]'"
         )
-
-
-def _repeats_text(repeats: Repeats, tokens: TokenSet, what: str) -> str:
-    return f"{repeats.count:,} of {len(tokens):,} {what}; first {repeats.where} ({repeats.earlier})"
+    overlap = data.overlap
+    if overlap.count:
+        yield (
+            f"val_loss is too optimistic, because {count_of(overlap.count, 'validation example')} "
+            f"of the data repeat a training example, first {overlap.where} ({overlap.earlier}); "
+            "fix: use splits that share no row, such as train[:95%] and train[95%:]; or delete the "
+            "duplicates"
+        )
 
 
 def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> Iterator[str]:
@@ -528,7 +484,8 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> Iterator
         places = _group_places(sources, findings.near_duplicates)
         yield (
             f"near-duplicates: {near:,} of {total} (equal to an earlier row except for case, "
-            f"punctuation or a few words), first {places}; {_fix('near-duplicates')}"
+            f"punctuation or a few words), first {places}; fix: correct or delete these rows, or "
+            "set 'data.leave_out=[near-duplicates]'"
         )
     pairs = splits.pairs_across(across)
     if pairs:
@@ -549,12 +506,8 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> Iterator
         places = _group_places(sources, findings.contradictions)
         yield (
             f"{prompts} with contradictory answers, in {rows:,} of {total}, first {places}; "
-            f"{_fix('contradictions')}"
+            "fix: correct or delete these rows, or set 'data.leave_out=[contradictions]'"
         )
-
-
-def _fix(fault: RowFault) -> str:
-    return f"fix: correct or delete these rows, or set 'data.leave_out=[{fault}]'"
 
 
 def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
@@ -568,15 +521,11 @@ def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
     )
 
 
-# The order in which warnings are printed. The warnings of `row_warnings_of` follow.
-DATA_WARNINGS: tuple[Callable[[TrainingData], Iterator[str]], ...] = (
-    _few_steps,
-    _contract_warnings,
+# Warnings about one source, in the order in which they are printed.
+SOURCE_WARNINGS: tuple[Callable[[TrainingData, SourceTokens], Iterator[str]], ...] = (
     _bad_rows,
     _unread_columns,
     _control_tokens,
-    _unread_files,
     _lost_tokens,
     _flaws,
-    _repeats,
 )

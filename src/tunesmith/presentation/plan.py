@@ -35,11 +35,6 @@ GIB = 2**30
 MIN_SHOWN_SHARE = 0.01
 
 
-def dtype_line(run: Run, reason: str) -> str:
-    """Return a line about a dtype that was chosen for the machine, and the reason."""
-    return f"model.dtype: {run.model.dtype}, {reason}"
-
-
 def plan_lines(
     planner: Planner, best: Forecast, folder: Path | None, types: tuple[str, str]
 ) -> Iterator[str]:
@@ -134,11 +129,11 @@ def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[
         )
     if best.step_seconds:
         parts = [
-            f"{part} {_seconds_text(seconds)}"
+            f"{part} {seconds:.3g}"
             for part, seconds in best.seconds.items()
             if seconds >= MIN_SHOWN_SHARE * best.step_seconds
         ]
-        yield f"a step: {_seconds_text(best.step_seconds)} seconds: {', '.join(parts)}"
+        yield f"a step: {best.step_seconds:.3g} seconds: {', '.join(parts)}"
         yield "  loading, compilation, validation and checkpoints need additional time"
         if planner.run.model.vision and not best.seconds.get("vision part"):
             why = "run `tunesmith data`, which counts the picture tokens"
@@ -148,11 +143,6 @@ def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[
         f"disk: {size_text(size)} per checkpoint, at most {copies} at once, "
         f"{size_text(copies * size)}"
     )
-
-
-def _seconds_text(seconds: float) -> str:
-    """Return the seconds of a step as text, such as `2.67`, or `0.0038` for a short step."""
-    return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.4f}"
 
 
 def plan_warnings(run: Run, plan: RunPlan) -> Iterator[str]:

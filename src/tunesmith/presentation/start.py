@@ -21,11 +21,12 @@ from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gguf_writers import describe_gguf_export, gguf_writer
+from tunesmith.model.shipped import AS_SHIPPED
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.compare_eight_bit import LossChange
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.presentation.data import data_warnings
-from tunesmith.presentation.plan import dtype_line, plan_warnings
+from tunesmith.presentation.plan import plan_warnings
 from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.run_dir import read_recipe
 from tunesmith.stages.plan import MachineFacts, PlanFacts
@@ -35,9 +36,7 @@ def machine_lines(facts: MachineFacts) -> Iterator[str]:
     """Yield lines about the dtype, and warnings about settings that do not suit the device."""
     run = facts.run
     if facts.dtype_reason:
-        yield dtype_line(run, facts.dtype_reason)
-    elif facts.tokens.start.previous_run is not None:
-        yield f"model.dtype is {facts.dtype}, because this run was started with it"
+        yield f"model.dtype: {run.model.dtype}, {facts.dtype_reason}"
     if facts.dtype == "bf16" and not facts.chip.bf16:
         yield (
             "warning: this CPU has no bf16 hardware, so bf16 matmuls take up to 200 times as long "
@@ -61,31 +60,22 @@ def model_files_lines(files: ModelFiles) -> Iterator[str]:
         )
     model = files.model
     if files.form is not None:
-        use = {
-            "as-shipped": "the weights stay quantized and are dequantized for one matmul at a time",
-            "none": f"the weights are dequantized to {model.dtype} while loading",
-        }.get(
-            model.quantize,
-            f"the weights are dequantized and quantized to {model.quantize} while loading",
-        )
+        storage = model.dtype if model.quantize == "none" else model.quantize
+        use = f"the weights are converted to {storage} while loading"
+        if model.quantize == AS_SHIPPED:
+            use = "the weights stay quantized and are dequantized for one matmul at a time"
         yield f"the base model is stored in {files.form.describe()}: {use}"
     embedding_rows = int(files.config.vocab_size)
     tokens = len(files.tokenizer)
     if tokens > embedding_rows:
-        sizes = (
-            f"the tokenizer has {tokens:,} tokens, "
-            f"but the model's embedding has {embedding_rows:,} rows"
-        )
+        sizes = f"{tokens:,} tokens, but the embedding has {embedding_rows:,} rows"
         if model.added_tokens:
             names = ", ".join(model.added_tokens)
-            yield (
-                f"{sizes}: rows are added for {names}; each new row is the mean of the existing "
-                "rows"
-            )
+            yield f"the tokenizer has {sizes}: rows are added for {names}, the mean of all rows"
         else:
             yield (
-                f"warning: {sizes}, so data with one of the other tokens is rejected; fix: list "
-                "the tokens that you need in model.added_tokens, which adds rows to the embedding"
+                f"warning: the tokenizer has {sizes}, so data with other tokens is rejected; fix: "
+                "list the tokens that you need in model.added_tokens, which adds rows"
             )
     entire = files.config if files.full_config is None else files.full_config
     if gguf_writer(entire.model_type, files.config.model_type) != "own":
@@ -169,15 +159,13 @@ def session_lines(
     previous = facts.start.micro_batch
     now = plan.layout.micro_batch
     if previous is not None and now != previous:
-        effect = "dropout masks differ" if run.adapter.dropout else "sums are rounded differently"
-        text = (
-            f"the micro batch changes from {previous} to {now}, so results differ from an "
-            f"uninterrupted run, because {effect}"
-        )
+        reason = f"to keep the micro batch, set train.micro_batch='{previous}'"
         if run.train.micro_batch == "auto":
-            yield f"{text}. A micro batch of {previous} no longer fits into memory."
-        else:
-            yield f"{text}. To keep the micro batch, set train.micro_batch='{previous}'."
+            reason = f"a micro batch of {previous} no longer fits into memory"
+        yield (
+            f"the micro batch changes from {previous} to {now}, so rounding and dropout masks "
+            f"differ from an uninterrupted run; {reason}"
+        )
 
 
 def loss_change_text(change: LossChange) -> str:

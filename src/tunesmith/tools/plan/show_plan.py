@@ -13,7 +13,7 @@ from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.resolve import checkpoint_bytes, resolve_dtype
 from tunesmith.planning.savings import check_memory_fits
-from tunesmith.presentation.plan import dtype_line, plan_lines, source_text, warning_text
+from tunesmith.presentation.plan import plan_lines, source_text, warning_text
 from tunesmith.tools.plan.on_paper import PaperModel, StatedRows, prepare_on_paper
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def show_plan(
     planner, model = prepare_on_paper(recipe, cluster, rows, known)
     _, reason = resolve_dtype(recipe.model, recipe.train, cluster.chip, planner.spec)
     if reason:
-        log.info(dtype_line(planner.run, reason))
+        log.info(f"model.dtype: {planner.run.model.dtype}, {reason}")
     best = planner.best()
     if args.json:
         print(json.dumps(_report(planner, best, model), indent=1, default=vars))
