@@ -117,8 +117,7 @@ def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[
     yield f"{mesh}; micro batch: {choices['micro batch']}; recompute: {choices['recompute']}"
     yield f"memory of {device}: {plan.memory.describe()}"
     if plan.memory.copies and best.phases["save"] > best.room:
-        why = "a step and a checkpoint do not fit into memory at the same time"
-        yield f"  training waits for each checkpoint: {why}"
+        yield "  training waits for each checkpoint, because both do not fit into memory together"
     method = planner.run.method
     if plan.memory.slots:
         yield (
@@ -136,8 +135,7 @@ def _details(planner: Planner, best: Forecast, folder: Path | None) -> Iterator[
         yield f"a step: {best.step_seconds:.3g} seconds: {', '.join(parts)}"
         yield "  loading, compilation, validation and checkpoints need additional time"
         if planner.run.model.vision and not best.seconds.get("vision part"):
-            why = "run `tunesmith data`, which counts the picture tokens"
-            yield f"  the time of the vision encoder is not included; to include it, {why}"
+            yield "  without the vision encoder, because `tunesmith data` has not counted pictures"
     size, copies = checkpoint_bytes(planner.run, planner.trained, folder)
     yield (
         f"disk: {size_text(size)} per checkpoint, at most {copies} at once, "

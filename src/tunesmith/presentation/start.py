@@ -168,10 +168,14 @@ def session_lines(
         )
 
 
-def loss_change_text(change: LossChange) -> str:
-    """Return the loss of the base in 8 bits, and its change by the rounding from bf16."""
-    losses = f"loss is {change.rounded:.4f}, and {change.exact:.4f} in bf16"
-    return f"{losses} ({change.relative:+.2%}), on {change.tokens:,} tokens of the data"
+def loss_change_text(change: LossChange, exact: str = "in bf16") -> str:
+    """Return the loss of the base in 8 bits, and its change by the rounding.
+
+    Args:
+        exact: how the loss without the rounding was computed.
+    """
+    losses = f"loss is {change.rounded:.4f}, and {change.exact:.4f} {exact}"
+    return f"{losses} ({change.relative:+.3%}), on {change.tokens:,} tokens of the data"
 
 
 def sums_line(base: str, change: LossChange) -> str:
@@ -181,10 +185,10 @@ def sums_line(base: str, change: LossChange) -> str:
         base: storage of the base's weights.
     """
     chosen = "fast" if change.is_tolerable else "full"
+    losses = loss_change_text(change, "with full accumulation")
     return (
-        f"{base}: {chosen} accumulation in the forward: loss {change.rounded:.5f} with fast "
-        f"accumulation, {change.exact:.5f} with full ({change.relative:+.3%}; fast is used up to "
-        f"{change.limit:.1%}), on {change.tokens:,} tokens"
+        f"{base}: {chosen} accumulation in the forward, because with fast accumulation the {losses}"
+        f"; fast is used up to {change.limit:.1%}"
     )
 
 

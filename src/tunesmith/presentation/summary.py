@@ -115,22 +115,15 @@ def _answers(folder: Path, weights: Manifest | None) -> list[str]:
 
     The answers after training are from the weights in final/, whose manifest is `weights`.
     """
+    if not weights or not weights["step"]:
+        return []
     samples = read_samples(folder).value
-    if not samples or not weights:
-        return []
-    last = weights["step"]
-    if last == 0:
-        return []
     before, after = (
         {row["prompt"]: row["answer"] for row in samples if row["step"] == step}
-        for step in (0, last)
+        for step in (0, weights["step"])
     )
-
-    prompts = [prompt for prompt in after if prompt in before]
-    if not prompts:
-        return []
     rows = []
-    for prompt in prompts[:2]:
+    for prompt in [prompt for prompt in after if prompt in before][:2]:
         # Show only the last turn, without the text of the chat template.
         turns = turns_of(prompt)
         question = turns[-1].text if turns else prompt
@@ -141,9 +134,7 @@ def _answers(folder: Path, weights: Manifest | None) -> list[str]:
             f"  before  {_one_line(before[prompt])}",
             f"  after   {_one_line(after[prompt])}",
         ]
-    if last != weights["last_step"]:
-        rows.append(f"after: by the weights {describe_weights(last, weights['last_step'])}")
-    return [*rows, ""]
+    return [*rows, ""] if rows else []
 
 
 def _one_line(text: str, *, from_end: bool = False) -> str:

@@ -206,7 +206,7 @@ def _set_trl_rows(recipe: Translation) -> None:
     # If `completion_only_loss` is false, the prompts of prompt-completion rows are supervised too.
     # If the key is null or missing, only the completions are supervised.
     is_masked = row_format == "prompt-completion" and not recipe.is_set("answers_only")
-    if any(map(recipe.is_on, answers_only)):
+    if any(recipe.has(name, "true") for name in answers_only):
         is_masked = row_format != "text"
     train_on = {"sft": "response" if is_masked else "all", "grpo": "last"}
     recipe.set_key("data.train_on", train_on.get(recipe.method, "response"), *answers_only, why=why)
@@ -360,16 +360,16 @@ def _set_train_on(recipe: Translation) -> None:
     if recipe.method != "sft":
         for name in names:
             recipe.note(name, "Preference training compares the answers only.", differs=False)
-    elif recipe.is_on("train_on_prompts"):
+    elif recipe.has("train_on_prompts", "true"):
         train_on = "all"
-    elif recipe.is_on("train_on_last"):
+    elif recipe.has("train_on_last", "true"):
         train_on = "last"
     recipe.set_key("data.train_on", train_on, *names)
 
 
 def _set_lengths(recipe: Translation) -> None:
     """Set packing, the number of held-out rows and the duration."""
-    packs = recipe.is_on("packing")
+    packs = recipe.has("packing", "true")
     if packs and recipe.get("data.seq_len") is None:
         raise recipe.error(
             "data.seq_len",
@@ -476,7 +476,7 @@ def _set_batch(recipe: Translation, world: int | None) -> None:
         batch = _count_prompts(recipe, batch)
         why += ". A batch of the source counts answers, and a batch of tunesmith counts prompts."
     size = f"{batch} examples"
-    if recipe.is_on("packing"):
+    if recipe.has("packing", "true"):
         why += f", {count_of(batch, 'packed row')} of data.seq_len"
         size = f"{batch * recipe.number('data.seq_len')} tokens"
     names = ("rows", "accumulation", "processes")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import JsonValue
 
 from tunesmith.config.dump import to_yaml
+from tunesmith.config.layers import merge_layers
 from tunesmith.config.names import keys, members, other_tools, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import METHOD_KEYS
@@ -24,9 +25,9 @@ from tunesmith.units import Length
 
 _UNSET: tuple[JsonValue, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
-# Words that Transformers' parser and pydantic accept as booleans -> the recipe's word.
-_TRUTH = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), "true")
-_TRUTH |= dict.fromkeys(("false", "no", "off", "f", "n", "0"), "false")
+# Words that Transformers' parser and pydantic accept as booleans.
+_TRUTH = dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True)
+_TRUTH |= dict.fromkeys(("false", "no", "off", "f", "n", "0"), False)
 
 
 class Note(NamedTuple):
@@ -133,14 +134,6 @@ class Translation:
             )
         return int(number)
 
-    def is_on(self, name: str) -> bool:
-        """Return whether the value of a key is true. Raise UsageError if it is not a boolean."""
-        if self.get(name) in _UNSET or self.has(name, "false"):
-            return False
-        if self.has(name, "true"):
-            return True
-        raise self.error(name, "the value must be true or false", "set the key to true or false")
-
     def listed(self, name: str) -> list[str]:
         """Return the value of a key as a list of names. A text is split at commas."""
         value = self.get(name) or []
@@ -164,7 +157,7 @@ class Translation:
         text = str(value).lower()
         if isinstance(expected, int | float):
             return scalar(text) == expected
-        return str(expected) in _TRUTH.get(text, text)
+        return str(expected) in str(_TRUTH.get(text, text)).lower()
 
     @property
     def method(self) -> str:
@@ -214,7 +207,7 @@ class Translation:
                 if tuple[str, ...] in types:
                     value = list(self.listed(key))
                 elif bool in types:
-                    value = self.is_on(key)
+                    value = _TRUTH.get(value.lower(), value)
                 elif str not in types:
                     # Convert a number in quotes to a number, because the other tools do so.
                     value = scalar(value.replace("_", ""))
@@ -337,16 +330,13 @@ class Translation:
         top = Node({}, name, base)
         # Sort the keys by the order of the schema.
         for key in sorted(self.values, key=list(keys()).index):
-            *sections, last = key.split(".")
-            # Create the sections that contain the key.
-            section: Any = top.value
-            for outer in sections:
-                section = section.setdefault(outer, Node({}, name, base)).value
-
             # Use the position of the first origin that is in the file.
             in_file = (origin for origin in self.origins[key] if origin.key in self.source.keys)
             where = next((origin.where for origin in in_file), name)
-            section[last] = wrap(self.values[key], where=where, base=base)
+            node = wrap(self.values[key], where=where, base=base)
+            for section in reversed(key.split(".")):
+                node = Node({section: node}, name, base)
+            top = merge_layers(top, node)
         return top
 
     def text(self, tree: Node, head: str, folder: Path) -> str:
