@@ -68,12 +68,14 @@ def test_kept_answers_are_rows_for_training_and_a_stopped_command_continues(home
         ]
     assert {(row["instruction"], row["output"]) for row in kept} <= set(wanted)
     assert all(row["score"] == 1 and row["where"].startswith("rows.jsonl:") for row in kept)
-    # A kill can leave a part of a line.
-    whole = (home / "kept.jsonl").read_bytes()
-    for size in (len(whole) // 2, len(whole) - 3):
-        (home / "kept.jsonl").write_bytes(whole[:size])
-        assert invoke(*command, *WORDS, "--output", "kept.jsonl", "--resume").code == 0
-        assert (home / "kept.jsonl").read_bytes() == whole
+    # A kill can leave a part of a line, or of the answers to a row.
+    for name, words in (("kept.jsonl", [*WORDS, "--output", "kept.jsonl"]), ("all.jsonl", sampled)):
+        whole = (home / name).read_bytes()
+        after_a_line = whole.index(b"\n", len(whole) // 2) + 1
+        for size in (len(whole) // 2, after_a_line, len(whole) - 3):
+            (home / name).write_bytes(whole[:size])
+            assert invoke(*command, *words, "--resume").code == 0
+            assert (home / name).read_bytes() == whole
     rows = write_rows(home / "other.jsonl", ROWS[:3])
     command[3] = str(rows)
     assert invoke(*command, *WORDS, "--output", "kept.jsonl", "--resume").code == 2
