@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     if is_demo:
         print(f"{demo_model.DEMO_NAME} is {demo_model.DEMO_DESCRIPTION}", file=sys.stderr)
         args.name = demo_model.MODEL_TYPE
-    if is_folder(args.name):
+    if "/" in args.name or Path(args.name).is_dir():
         from tunesmith.model.measure_folder import measure_folder
 
         entry = measure_folder(Path(args.name))
@@ -70,11 +70,6 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(as_row(entry), indent=1))
     else:
         print_one(entry)
-
-
-def is_folder(name: str) -> bool:
-    """Return whether the argument `name` is a path and not a model type."""
-    return "/" in name or Path(name).is_dir()
 
 
 def as_row(entry: ModelType) -> dict[str, Any]:

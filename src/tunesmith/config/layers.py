@@ -86,15 +86,14 @@ def override_layer(overrides: Overrides) -> Node:
         # If `overrides` is a mapping, its keys must not contain "=". If it is a list of texts, each
         # text must contain "=".
         if has_value == is_mapping or not _DOTTED_KEY.fullmatch(key):
-            what = f"{reprlib.repr(text)} is not of the form key.sub=value"
-            fix = (
-                "write overrides such as train.learning_rate=2e-4; put an override with spaces in"
-                " quotes: 'train.duration=3 epochs'"
+            form = '{"key.sub": value}' if is_mapping else "key.sub=value"
+            raise RecipeError(
+                f"{reprlib.repr(text)} is not of the form {form}",
+                where=origin,
+                fix="write overrides such as train.learning_rate=2e-4, or in Python"
+                ' {"train.learning_rate": 2e-4}; put an override with spaces in quotes:'
+                " 'train.duration=3 epochs'",
             )
-            if is_mapping:
-                what = f"{reprlib.repr(text)} is not a key of a recipe"
-                fix = 'write overrides such as {"train.learning_rate": 2e-4}'
-            raise RecipeError(what, where=origin, fix=fix)
         if isinstance(overrides, Mapping):
             node = wrap(overrides[text], where=origin, base=base, key=key)
         else:

@@ -140,35 +140,27 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
 
     shown = ", ".join(dict.fromkeys(marks[:3])) or "no known key"
     why = f"the file has {shown}"
+    what = "`import` cannot detect which tool this file is for"
+    fix = f"name the tool, such as --from {best}; the tools are {', '.join(IMPORTED_TOOLS)}"
     if marks and best in unsupported:
         what = f"this is a file of {best}, which `tunesmith import` does not support"
-        raise UsageError(what, where=path, why=why, fix=unsupported[best]["fix"])
-    if marks and not named:
-        return best
-    what = "`import` cannot detect which tool this file is for"
-    if named:
+        fix = unsupported[best]["fix"]
+    elif named:
         what = f"this file has no key of {named}, and looks like a file of {best}"
-    raise UsageError(
-        what,
-        where=path,
-        why=why,
-        fix=f"name the tool, such as --from {best}; the tools are {', '.join(IMPORTED_TOOLS)}",
-    )
+    elif marks:
+        return best
+    raise UsageError(what, where=path, why=why, fix=fix)
 
 
 def source_keys(path: Path) -> Iterator[SourceKey]:
     """Yield a key with its value for each scalar, list of scalars and empty mapping of a file."""
     try:
         yield from _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name)
-    except NotAMappingError as error:
-        raise UsageError(
-            "this file is not a mapping of keys to values",
-            where=error.where,
-            fix="give the configuration file of another tool, in YAML or JSON",
-        ) from None
     except RecipeError as error:
         near = None if path.exists() else find_similar_path(path)
         fix = f"did you mean {near}?" if near else error.fix
+        if isinstance(error, NotAMappingError):
+            fix = "give the configuration file of another tool, in YAML or JSON"
         what = error.what.replace("recipe", "file")
         raise UsageError(what, where=error.where, why=error.why, fix=fix) from None
 

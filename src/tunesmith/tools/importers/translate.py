@@ -18,7 +18,7 @@ from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest
 from tunesmith.config.tree import scalar
 from tunesmith.errors import UsageError
-from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, ToolTable, source_keys
+from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
 from tunesmith.tools.importers.translation import Translation, length
 from tunesmith.tools.importers.trl_rewards import set_rewards
 from tunesmith.units import count_of
@@ -331,26 +331,23 @@ def _read_dataset_info(recipe: Translation, prefix: str) -> None:
         fix = f"put the file in {paths[0].parent}, or {_NAME_ROWS}"
         raise recipe.error(prefix, f"{file}, which describes the data set, was not found", fix)
 
-    # Name of each data set -> its keys, such as `file_name` or `columns.prompt`, with their values.
-    known: dict[str, dict[str, SourceKey]] = {}
-    for leaf in source_keys(path):
-        name, dot, key = leaf.key.partition(".")
-        if dot:
-            known.setdefault(name, {})[key] = leaf
+    leaves = list(source_keys(path))
     for number, name in enumerate(recipe.listed(prefix)):
-        if name not in known:
-            fix = f"did you mean {nearest(name, known) or name}? If not, {_NAME_ROWS}"
+        own = [leaf for leaf in leaves if leaf.key.startswith(f"{name}.")]
+        if not own:
+            near = nearest(name, {leaf.key.partition(".")[0] for leaf in leaves})
+            fix = f"did you mean {near or name}? If not, {_NAME_ROWS}"
             raise recipe.error(prefix, f"{path} does not list {name} as a mapping", fix)
 
-        entry = f"{prefix}.{number}"
-        recipe.defaults[f"{entry}.num_samples"] = recipe.get("max_samples")
-        for key, leaf in known[name].items():
+        recipe.defaults[f"{prefix}.{number}.num_samples"] = recipe.get("max_samples")
+        for leaf in own:
+            key = f"{prefix}.{number}{leaf.key.removeprefix(name)}"
             value = leaf.value
-            if key == "file_name":
+            if key.endswith(".file_name"):
                 # Paths in dataset_info.json are relative to its folder. Make them relative to
                 # `base`.
                 value = os.path.relpath(path.parent / str(value), base)
-            recipe.source.keys[f"{entry}.{key}"] = SourceKey(f"{entry}.{key}", value, leaf.where)
+            recipe.source.keys[key] = replace(leaf, key=key, value=value)
 
 
 def _set_train_on(recipe: Translation) -> None:
