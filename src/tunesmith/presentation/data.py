@@ -283,14 +283,23 @@ def schedule_line(data: TrainingData) -> str:
 def contract_lines(contracts: Iterable[Contract]) -> list[str]:
     """Return a line with the results of the token contract for each split.
 
-    The line contains the number of passed rules, and the notes of the rules.
+    The line contains the number of passed rules, the number of checked rows, and the notes of
+    the rules.
     """
     lines = []
     for contract in contracts:
-        notes = [check.note for check in contract.checks if check.note and not check.broken]
-        count = len(contract.checks)
-        passed = f"passed {count - len(contract.broken)} of {count_of(count, 'check')}"
-        lines.append("; ".join([f"token contract of {contract.split}: {passed}", *notes]))
+        checks = contract.checks
+        # Kind of item, such as "row" -> the largest number of these items that a rule has checked.
+        counts: dict[str, int] = {}
+        notes = []
+        for check in checks:
+            counts[check.of] = max(check.checked, counts.get(check.of, 0))
+            if check.note and not check.broken:
+                notes.append(check.note)
+        things = ", ".join(count_of(count, kind) for kind, count in counts.items())
+        passed = len(checks) - len(contract.broken)
+        result = f"passed {passed} of {count_of(len(checks), 'check')} of {things}"
+        lines.append("; ".join([f"token contract of {contract.split}: {result}", *notes]))
     return lines
 
 
