@@ -66,12 +66,10 @@ def answer_batches(run: Run, loader: Loader, examples: Sequence[Example]) -> lis
 def largest_answer_batch(run: Run, loader: Loader) -> Batch:
     """Return a micro batch of the longest prompts with the longest answers, for a memory trial."""
     limit = max_row_tokens(run, loader) if loader.layout.packed else 0
-    longest = max(
-        (prompt_of(example, 0) for example in loader.tokens), key=lambda prompt: len(prompt.ids)
-    )
+    longest = max(loader.tokens, key=lambda example: example.prompt_length)
     count = run.method.answer_tokens
     answer = SampledIds([loader.layout.pad_id] * count, [0.0] * count)
     answers = [answer] * run.method.group
-    group = list(group_examples(longest, answers, [1.0] * len(answers), limit))
+    group = list(group_examples(prompt_of(longest, 0), answers, [1.0] * len(answers), limit))
     batches = answer_batches(run, loader, group * len(loader.schedule.examples(0)))
     return max(batches, key=lambda batch: batch.input_ids.numel())
