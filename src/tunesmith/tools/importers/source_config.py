@@ -66,15 +66,15 @@ class SourceConfig:
 def table(tool: str) -> ToolTable:
     """Return the translation table of a tool, merged with the table that it extends."""
     own: ToolTable = read_file(TABLES / f"{tool}.yaml").plain()
-    if "extends" in own:
-        for part, content in table(own["extends"]).items():
-            ours = own.get(part) or type(content)()
-            if isinstance(content, list):
-                own[part] = content + ours
-            else:
-                # Put the tool's own entries first, because they have priority over the entries of
-                # the table that it extends.
-                own[part] = ours | content | ours
+    base = own.pop("extends", None)
+    for part, content in table(base).items() if base else ():
+        ours = own.get(part) or type(content)()
+        if isinstance(content, list):
+            own[part] = content + ours
+        else:
+            # Put the tool's own entries first, because they have priority over the entries of the
+            # table that it extends.
+            own[part] = ours | content | ours
     return own
 
 

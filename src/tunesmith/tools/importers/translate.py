@@ -19,7 +19,7 @@ from tunesmith.config.names import nearest
 from tunesmith.config.tree import scalar
 from tunesmith.errors import UsageError
 from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
-from tunesmith.tools.importers.translation import Translation, length
+from tunesmith.tools.importers.translation import Translation
 from tunesmith.tools.importers.trl_rewards import set_rewards
 from tunesmith.units import count_of
 
@@ -49,7 +49,7 @@ def translate(
         UsageError: a value that the recipe needs is missing or has no equivalent.
     """
     recipe = Translation(source, overrides)
-    for section in recipe.table["when"]:
+    for section in recipe.table["when"] + recipe.table["then"]:
         _apply(recipe, section)
     if "method.name" in recipe.values:
         # `recipe.method` is the method on the command line if there is one, otherwise the file's
@@ -73,7 +73,6 @@ def translate(
         _set_train_on(recipe)
     _set_lengths(recipe)
     _set_schedule(recipe)
-    _set_intervals(recipe)
     _set_batch(recipe, world)
     if "output_dir" not in recipe.values:
         recipe.set_key(
@@ -126,7 +125,9 @@ def _apply_rule(recipe: Translation, name: str, expected: JsonValue, *effect: An
 
         ours, value, *why = effect
         if value == "=":
-            value = recipe.get(key)
+            value = recipe.converted(ours, key)
+        elif value == "1/=":
+            value = f"{1 / recipe.number(key):g} epochs"
         elif isinstance(value, list):
             # Append the list to the list that an earlier rule has set, without duplicates.
             value = list(dict.fromkeys(recipe.values.get(ours, []) + value))
@@ -379,10 +380,10 @@ def _set_lengths(recipe: Translation) -> None:
         why = "The source pads rows. Packed rows give the same result in less time."
     recipe.set_key("data.pack", packs, "packing", why=why)
 
-    held_out = recipe.number("hold_out")
-    if held_out and "data.validation" not in recipe.values:
-        size = f"{held_out * 100:g} %" if held_out < 1 else f"{held_out:g} examples"
-        recipe.set_key("data.hold_out", size, "hold_out")
+    if "data.validation" in recipe.values:
+        recipe.values.pop("data.hold_out", None)
+    if not {"data.validation", "data.validation.source", "data.hold_out"} & recipe.values.keys():
+        recipe.values.pop("validate.every", None)
 
     epochs = recipe.number("epochs")
     duration = f"{epochs:g} epochs"
@@ -394,7 +395,7 @@ def _set_lengths(recipe: Translation) -> None:
 
 
 def _set_schedule(recipe: Translation) -> None:
-    """Set the betas, the minimum learning rate and the warm-up."""
+    """Set the betas and the minimum learning rate."""
     names = ("beta1", "beta2")
     if any(map(recipe.is_set, names)):
         recipe.set_key("train.betas", list(map(recipe.number, names)), *names)
@@ -404,41 +405,6 @@ def _set_schedule(recipe: Translation) -> None:
         # Round the minimum rate for the recipe, because 0.1 * 3e-5 is 3.0000000000000004e-06.
         rate = float(f"{recipe.number(names[0]) * recipe.number(names[1]):.12g}")
         recipe.set_key("train.min_learning_rate", rate, *names)
-
-    warmup = length(recipe.number("warmup_steps") or recipe.number("warmup_share"))
-    if recipe.get("train.schedule") == "constant":
-        # In Transformers, the schedule "constant" has no warm-up, unlike constant_with_warmup.
-        warmup = "0 steps"
-    recipe.set_key("train.warmup", warmup, "warmup_steps", "warmup_share")
-
-
-def _set_intervals(recipe: Translation) -> None:
-    """Set how often the run saves and validates.
-
-    The file can set a number of times per epoch, a number of steps, every epoch, or never.
-    """
-    intervals = {"save": "checkpoint.every"}
-    held_out = {"data.validation", "data.validation.source", "data.hold_out"}
-    if held_out & recipe.values.keys():
-        intervals["eval"] = "validate.every"
-    for what, key in intervals.items():
-        names = (f"{what}s_per_epoch", f"{what}_strategy", f"{what}_steps")
-        per_epoch = recipe.number(names[0])
-        strategy = recipe.get(names[1])
-        steps = recipe.number(names[2])
-        if what == "eval" and not steps:
-            # As in Transformers, validate by default as often as values are logged
-            # (`logging_steps`).
-            steps = recipe.number("log.every") or 500
-
-        if not per_epoch and strategy == "epoch":
-            per_epoch = 1
-        every = None
-        if per_epoch:
-            every = f"{1 / per_epoch:g} epochs"
-        elif strategy == "steps" and steps:
-            every = length(steps)
-        recipe.set_key(key, every, *names)
 
 
 def _set_batch(recipe: Translation, world: int | None) -> None:

@@ -21,7 +21,7 @@ from tunesmith.config.tree import Node, scalar, wrap
 from tunesmith.config.typed import literal_words
 from tunesmith.errors import UsageError, is_secret_name, mask_words
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, table
-from tunesmith.units import Length
+from tunesmith.units import Length, Share
 
 _UNSET: tuple[JsonValue, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
@@ -187,33 +187,39 @@ class Translation:
         The section `keys` of the translation table lists these recipe keys.
         """
         for key in self.names:
-            value = self.get(key)
-            if key not in keys() or key == "adapter.target" or value is None:
-                continue
+            if key in keys() and key != "adapter.target":
+                value = self.converted(key, key)
+                if value is not None:
+                    self.set_key(key, value, key)
 
-            hint = keys()[key][1]
-            types = members(hint)
-            if key.startswith("parallel."):
-                # The values -1 and 0 mean that the other tool chooses the number, so do not set the
-                # key.
-                value = self.number(key)
-                if value <= 0:
-                    continue
-            elif literal_words(hint):
-                value = self._recipe_word(key)
-            elif Length in types:
-                value = length(self.number(key))
-            elif isinstance(value, str):
-                if tuple[str, ...] in types:
-                    value = list(self.listed(key))
-                elif bool in types:
-                    value = _TRUTH.get(value.lower(), value)
-                elif str not in types:
-                    # Convert a number in quotes to a number, because the other tools do so.
-                    value = scalar(value.replace("_", ""))
+    def converted(self, key: str, name: str) -> Any:
+        """Return the value of `name` with the word or the unit that the recipe key `key` has.
 
-            if value is not None:
-                self.set_key(key, value, key)
+        Return None if there is no value, or if it is not positive but the recipe key must be.
+        """
+        value = self.get(name)
+        types = members(keys()[key][1])
+        if value is None:
+            return None
+        if Length in types:
+            return _amount(self.number(name), "steps")
+        if Share in types or key.startswith("parallel."):
+            # The values -1 and 0 mean that the other tool chooses the number, or holds out no row.
+            number = self.number(name)
+            if number <= 0:
+                return None
+            return _amount(number, "examples") if Share in types else number
+        if literal_words(keys()[key][1]):
+            return self._recipe_word(key)
+        if isinstance(value, str):
+            if tuple[str, ...] in types:
+                return self.listed(name)
+            if bool in types:
+                return _TRUTH.get(value.lower(), value)
+            if str not in types:
+                # Convert a number in quotes to a number, because the other tools do so.
+                return scalar(value.replace("_", ""))
+        return value
 
     def _recipe_word(self, key: str) -> str | None:
         """Return the recipe's word for the value of a key.
@@ -352,9 +358,9 @@ class Translation:
         return f"{head}\n{to_yaml(values, comments)}"
 
 
-def length(number: float) -> str:
-    """Return an interval in the recipe's notation. A number below 1 is a fraction of the run."""
-    return f"{number:g} steps" if number >= 1 else f"{number * 100:g} %"
+def _amount(number: float, unit: str) -> str:
+    """Return an amount in the recipe's notation. A number below 1 is a fraction of the whole."""
+    return f"{number:g} {unit}" if number >= 1 else f"{number * 100:g} %"
 
 
 def _shown(key: SourceKey) -> str:
