@@ -92,12 +92,19 @@ COVERED_RULES = pairwise(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", COVERED_RULES, ids=name_of)
-def test_attention_and_its_gradients_equal_the_formula(case, monkeypatch):
-    # Documents of 37 and 70 tokens go through several blocks.
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Documents of 37 and 70 tokens go through several blocks."""
     monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
     monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", 32)
     attention._future.cache_clear()
+    yield
+    attention._future.cache_clear()
+
+
+@pytest.mark.parametrize("case", COVERED_RULES, ids=name_of)
+@pytest.mark.usefixtures("small_blocks")
+def test_attention_and_its_gradients_equal_the_formula(case):
     lengths, rule = LENGTHS[case["lengths"]], dict(RULES[case["rule"]])
     *inputs, sinks = draw(lengths, case["heads"], (8, 12))
     if "sinks" in case["rule"]:
@@ -107,7 +114,6 @@ def test_attention_and_its_gradients_equal_the_formula(case, monkeypatch):
     ours = attend(*inputs[:3], packed, **rule)
     tolerance = 1e-11 if "sinks" in rule or case["backend"] == "sdpa" else 1e-12
     assert_same_gradients(ours, formula(*inputs[:3], lengths, **rule), inputs, tolerance)
-    attention._future.cache_clear()
 
 
 SHARED = {
@@ -124,7 +130,7 @@ COVERED_SHARES = pairwise(
 )  # fmt: skip
 
 
-def documents_that_share(shapes: list[tuple[int, int]]) -> Documents:
+def documents_that_share(shapes: list[tuple[int, int]], backend: str | None = None) -> Documents:
     examples: list[Example] = []
     groups = [i for i, (_, shared) in enumerate(shapes) if not shared]
     for first, end in pairwise_of([*groups, len(shapes)]):
@@ -135,17 +141,17 @@ def documents_that_share(shapes: list[tuple[int, int]]) -> Documents:
     batch = collate([examples], length=sum(n - shared for n, shared in shapes), pad_id=0)
     assert batch.whole is not None
     repeated = RepeatedTokens(*batch.whole)
-    return Documents(batch.cu_seqlens, batch.max_seqlen, repeated=repeated)
+    packed = Documents(batch.cu_seqlens, batch.max_seqlen, backend, repeated=repeated)
+    packed.set_shared(batch.shared)
+    return packed
 
 
 @pytest.mark.parametrize("case", COVERED_SHARES, ids=name_of)
-def test_documents_that_share_tokens_equal_the_formula(case, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
-    monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", 32)
-    attention._future.cache_clear()
+@pytest.mark.usefixtures("small_blocks")
+def test_documents_that_share_tokens_equal_the_formula(case):
     shapes, rule = SHARED[case["documents"]], dict(RULES[case["rule"]])
     lengths = [length for length, _ in shapes]
-    packed = replace(documents_that_share(shapes), backend=case["backend"])
+    packed = documents_that_share(shapes, case["backend"])
     *inputs, sinks = draw([n - shared for n, shared in shapes], case["heads"], (8, 12))
     if "sinks" in case["rule"]:
         rule["sinks"] = sinks
@@ -155,7 +161,6 @@ def test_documents_that_share_tokens_equal_the_formula(case, monkeypatch):
     expected = formula(*(x[places] for x in inputs[:3]), lengths, **rule)[firsts]
     tolerance = 1e-11 if "sinks" in rule or case["backend"] == "sdpa" else 1e-12
     assert_same_gradients(ours, expected, inputs, tolerance)
-    attention._future.cache_clear()
 
 
 def test_a_shared_token_is_queried_once():

@@ -305,6 +305,7 @@ class TrainModel(nn.Module):
         documents.set_pictures(batch.spans)
         if batch.edges:
             documents.set_edges(batch.edges)
+        documents.set_shared(batch.shared)
         if self.chunk_size is None:
             return documents
         return documents.with_chunks(self.chunk_size)

@@ -162,27 +162,46 @@ class Documents:
         """Store the token ranges of the pictures, not in a dataclass field (see `set_edges`)."""
         vars(self)["_pictures"] = tuple(spans)
 
+    @property
+    def shared(self) -> Sequence[int]:
+        """Number of first tokens of each document that an earlier document stores."""
+        if self.repeated is None:
+            return [0] * (len(self.edges) - 1)
+        counts: list[int] = vars(self)["_shared"]
+        return counts
+
+    def set_shared(self, counts: Sequence[int]) -> None:
+        """Store the numbers of shared tokens, not in a dataclass field (see `set_edges`)."""
+        vars(self)["_shared"] = [*counts]
+
     def with_chunks(self, size: int) -> "Documents":
         """Return a copy whose `chunks` have this size, for layers with chunked attention."""
         documents = replace(self, chunks=self.cut(size))
         documents.set_edges(self.edges)
         documents.set_pictures(self.pictures)
+        documents.set_shared(self.shared)
         return documents
 
     def cut(self, size: int) -> "Documents":
         """Split each document into parts of `size` tokens. The last part can be shorter."""
         edges = [0]
-        for start, end in pairwise(self.edges):
+        shared = []
+        for (start, end), count in zip(pairwise(self.edges), self.shared, strict=True):
             # `range` excludes `end`, so `end` is appended separately. A document whose length is a
             # multiple of `size` therefore gives no duplicate edge.
+            first = len(edges)
             edges += range(start + size, end, size)
             edges.append(end)
+            shared += [
+                min(max(start + count - a, 0), b - a) for a, b in pairwise(edges[first - 1 :])
+            ]
         cu_seqlens = torch.tensor(edges, dtype=torch.int32)
         cu_seqlens = copy_to_device(cu_seqlens, self.cu_seqlens.device)
         longest = min(size, self.max_seqlen)
         spans = spans_of(cu_seqlens, self.spans.shape[1]) if self.spans is not None else None
         chunks = replace(self, cu_seqlens=cu_seqlens, max_seqlen=longest, chunks=None, spans=spans)
         chunks.set_edges(edges)
+        chunks.set_shared(shared)
         return chunks
 
     @cached_property
@@ -231,7 +250,7 @@ class Documents:
         """
         members = []
         stored = 0
-        for (start, end), shared in zip(pairwise(self.edges), self._shared_counts(), strict=True):
+        for (start, end), shared in zip(pairwise(self.edges), self.shared, strict=True):
             own = end - start - shared
             # A chunk of a document can consist of shared tokens only.
             if own:
@@ -247,15 +266,6 @@ class Documents:
             else:
                 groups.append([member])
         return groups
-
-    def _shared_counts(self) -> list[int]:
-        """Return for each document the number of its first tokens that an earlier one stores."""
-        if self.repeated is None:
-            return [0] * (len(self.edges) - 1)
-        is_shared = np.ones(len(self.repeated.places), np.int64)
-        is_shared[self.repeated.firsts.cpu().numpy()] = 0
-        # The sum over the documents before each edge.
-        return np.diff(np.append(0, is_shared.cumsum())[self.edges]).tolist()
 
 
 def _pad_together(documents: Sequence[tuple[int, int]], device: torch.device) -> Group:

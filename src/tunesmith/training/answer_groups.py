@@ -16,13 +16,18 @@ def prompt_of(example: Example, row: int) -> Prompt:
     return Prompt(example.ids[: example.prompt_length].tolist(), row)
 
 
-def max_row_tokens(run: Run, loader: Loader) -> int:
+def _max_row_tokens(run: Run, loader: Loader) -> int:
     """Return the maximum number of tokens of a micro batch of answers."""
     size = loader.micro_batch
     tokens = size.amount
     if size.unit == "examples":
         tokens *= run.row_tokens
     return min(tokens, loader.row_length or tokens)
+
+
+def max_group_tokens(run: Run, loader: Loader) -> int:
+    """Return the maximum number of tokens of a part of a group. 0 means one answer per part."""
+    return _max_row_tokens(run, loader) if loader.layout.packed else 0
 
 
 def group_examples(
@@ -60,16 +65,16 @@ def group_examples(
 
 def answer_batches(run: Run, loader: Loader, examples: Sequence[Example]) -> list[Batch]:
     """Return this rank's micro batches of the examples of a step."""
-    return [batch for _, batch in loader.layout.batches(examples, max_row_tokens(run, loader))]
+    return [batch for _, batch in loader.layout.batches(examples, _max_row_tokens(run, loader))]
 
 
 def largest_answer_batch(run: Run, loader: Loader) -> Batch:
     """Return a micro batch of the longest prompts with the longest answers, for a memory trial."""
-    limit = max_row_tokens(run, loader) if loader.layout.packed else 0
     longest = max(loader.tokens, key=lambda example: example.prompt_length)
     count = run.method.answer_tokens
     answer = SampledIds([loader.layout.pad_id] * count, [0.0] * count)
     answers = [answer] * run.method.group
+    limit = max_group_tokens(run, loader)
     group = list(group_examples(prompt_of(longest, 0), answers, [1.0] * len(answers), limit))
     batches = answer_batches(run, loader, group * len(loader.schedule.examples(0)))
     return max(batches, key=lambda batch: batch.input_ids.numel())

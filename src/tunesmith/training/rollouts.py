@@ -34,7 +34,7 @@ from tunesmith.scoring.rows import make_scored_row
 from tunesmith.training.answer_groups import (
     answer_batches,
     group_examples,
-    max_row_tokens,
+    max_group_tokens,
     prompt_of,
 )
 from tunesmith.training.session import Session
@@ -235,7 +235,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         if not computed.any():
             # The optimizer needs a micro batch, so compute the first group. Its weights are 0.
             computed[0] = True
-        limit = max_row_tokens(run, self.loader) if self.loader.layout.packed else 0
+        limit = max_group_tokens(run, self.loader)
         examples: list[Example] = []
         for prompt, group, group_weights, is_computed in zip(
             prompts, groups, weights, computed, strict=True

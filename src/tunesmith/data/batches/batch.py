@@ -96,6 +96,7 @@ class Batch:
         supervised: number of positions with a loss. Their target is not IGNORE.
         examples: number of examples. Padding documents are not counted.
         edges: the values of `cu_seqlens` in host memory. Empty if only the device has them.
+        shared: for each document the number of its first tokens that an earlier document stores.
         sequences: the sequences of the batch. None if each example is one sequence without a label.
         chosen_tokens: number of supervised tokens of the chosen answers of pairs.
         whole: indices of the complete documents. None if no documents share tokens.
@@ -113,6 +114,7 @@ class Batch:
     supervised: int
     examples: int
     edges: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     sequences: Sequences | None = None
     chosen_tokens: int = 0
     whole: WholeDocuments | None = None
@@ -226,6 +228,7 @@ def collate(
         supervised=int((flat.targets != IGNORE).sum()),
         examples=len(examples),
         edges=tuple(flat.edges),
+        shared=tuple(flat.shared),
         sequences=_sequences(examples),
         chosen_tokens=sum(example.chosen_tokens for example in examples),
         whole=flat.whole_documents(),
@@ -268,6 +271,7 @@ class _FlatRows:
         ids, targets: int64 [places].
         positions: int64 [axes, places]. Positions of text tokens are equal on all axes.
         edges: boundaries of the documents that were added.
+        shared: number of first tokens of each document that an earlier document stores.
         runs: ranges (start, end) of places. Concatenated, the ranges give all documents in order. A
             document with shared tokens has two ranges.
     """
@@ -279,6 +283,7 @@ class _FlatRows:
         self.positions = np.zeros((axes, places), dtype=np.int64)
         self.targets = np.full(places, IGNORE, dtype=np.int64)
         self.edges = [0]
+        self.shared: list[int] = []
         self.runs: list[tuple[int, int]] = []
 
     def add_sequence(self, part: Example, at: int, previous: int, pixels: Pixels | None) -> None:
@@ -311,6 +316,7 @@ class _FlatRows:
             self.runs.append((previous, previous + part.shared))
         self.runs.append((span.start, span.stop))
         self.edges.append(self.edges[-1] + n)
+        self.shared.append(part.shared)
 
     def add_padding(self, at: int, end: int, longest: int) -> None:
         """Add padding from position `at` to `end`, as documents of at most `longest` tokens."""
@@ -323,6 +329,7 @@ class _FlatRows:
         stop = start + padding
         self.edges += range(start + longest, stop, longest)
         self.edges.append(stop)
+        self.shared += [0] * (len(self.edges) - 1 - len(self.shared))
 
     def whole_documents(self) -> WholeDocuments | None:
         """Return the indices that gather the complete documents.
