@@ -28,9 +28,11 @@ from tunesmith.data.rows.samples import (
 )
 from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type
+from tunesmith.errors import DataError
 
 # Role of a turn in the data -> role of the message. `call` means that the turn is a message of the
-# assistant, and its entire content is a tool call.
+# assistant, and its entire content is a tool call. `_role_by_channel` has two more roles of this
+# kind: `thought` and `recipient`.
 CHAT_ROLES = {
     "system": "system",
     "developer": "system",
@@ -65,9 +67,17 @@ _HARMLESS_KEYS = frozenset(
     timestamp time date created created_at updated_at create_time update_time
     source model model_name lang language author name
     tokens token_count num_tokens length cache_control
-    type status tool_call_id train_detail training_detail
+    type status tool_call_id tool_use_id is_error signature annotations
+    channel recipient content_type train_detail training_detail
     """.split()
 )
+# Channels of OpenAI's Harmony format (gpt-oss) whose text is the reasoning before the next answer.
+_THOUGHT_CHANNELS = frozenset(("analysis", *THOUGHTS))
+# Recipients of messages that are not calls. Any other recipient, such as functions.get_weather, is
+# the called tool.
+_RECIPIENTS = frozenset(("", "all", "user", "assistant"))
+_CALL_ROLES = frozenset(("call", "recipient"))
+_ANSWER_ROLES = _CALL_ROLES | {"thought"}
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
@@ -115,6 +125,8 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
         at = f"{form.noun} {n}"
         turn = _as_turn(row, value_of_turn, form, at)
         role = CHAT_ROLES.get(str(turn[form.role]).strip().lower(), "")
+        if role == "assistant":
+            role = _role_by_channel(row, turn, form, at)
         if not role:
             raise row.error(
                 f"unknown role {turn[form.role]!r}",
@@ -123,26 +135,70 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
                 at=at,
             )
         turn_messages = _read_turn(row, role, turn, form, at)
-        # Consecutive turns with the role `function_call` are several calls of one answer.
-        if role == previous_role == "call":
-            answer = messages[-1]
-            [call] = turn_messages
-            has_other_mark = answer.get("train", True) != call.get("train", True)
-            if has_other_mark or "reasoning_content" in call:
-                raise row.error(
-                    "a tool call has reasoning, or another loss mask than the previous call",
-                    why="consecutive calls are one answer, with one loss mask and with reasoning"
-                    " only before the first call",
-                    fix="write the calls into one turn",
-                    at=at,
-                )
-            answer["tool_calls"] += call["tool_calls"]
+        # Several turns can be one answer: its reasoning, and its calls one by one.
+        if previous_role == "thought" or {role, previous_role} <= _CALL_ROLES:
+            _extend_answer(row, messages[-1], turn_messages[0], at, previous_role)
         else:
             messages += turn_messages
         previous_role = role
     if not messages:
         raise row.error(f"the column {column} is empty", fix="delete the row")
+    if previous_role == "thought":
+        raise _unanswered_thought(row, at)
     return _sort_results(messages)
+
+
+def _role_by_channel(row: RowReader, turn: Mapping[str, object], form: Form, at: str) -> str:
+    """Return the role of an answer by its keys `channel` and `recipient`, as in OpenAI's Harmony.
+
+    The role is `thought` if the content is reasoning, and `recipient` if it is the arguments of a
+    call of this tool.
+    """
+    channel = str(turn.get("channel") or "").strip().lower()
+    if str(turn.get("recipient") or "").strip().lower() not in _RECIPIENTS:
+        return "recipient"
+    if channel == "commentary":
+        raise row.error(
+            f"a {form.noun} of the channel commentary has no recipient",
+            why="it is neither a tool call nor the answer, and templates have no place for it",
+            fix='name the tool ("recipient": "functions.NAME"), write the text into the answer'
+            f" that follows, or delete the {form.noun}",
+            at=at,
+        )
+    return "thought" if channel in _THOUGHT_CHANNELS else "assistant"
+
+
+def _extend_answer(
+    row: RowReader, answer: Message, added: Message, at: str, previous_role: str
+) -> None:
+    """Add a message to the answer that it continues, after its reasoning or after a call."""
+    if added["role"] != "assistant":
+        raise _unanswered_thought(row, at)
+    is_call = previous_role != "thought"
+    has_other_mask = answer.get("train", True) != added.get("train", True)
+    if has_other_mask or ("reasoning_content" in added and is_call):
+        raise row.error(
+            f"a turn has {'reasoning, or ' * is_call}another loss mask than the previous turn",
+            why="reasoning, consecutive calls and the text are one answer, with one loss mask and"
+            " with reasoning only at its start",
+            fix="write them into one turn",
+            at=at,
+        )
+    thoughts = [turn.get("reasoning_content") for turn in (answer, added)]
+    if any(thoughts):
+        answer["reasoning_content"] = "\n".join(filter(None, thoughts))
+    if "tool_calls" in added:
+        answer["tool_calls"] = [*answer.get("tool_calls", ()), *added["tool_calls"]]
+    answer["content"] += added["content"]
+
+
+def _unanswered_thought(row: RowReader, at: str) -> DataError:
+    return row.error(
+        "reasoning of the channel analysis is not followed by its answer or call",
+        why="the model would learn the reasoning as the answer",
+        fix="delete this reasoning, or add its answer",
+        at=at,
+    )
 
 
 def _sort_results(messages: list[Message]) -> list[Message]:
@@ -192,12 +248,14 @@ class _ContentParts:
 
     Attributes:
         results: tool results, one message each.
+        given: the keys of each part, which can have loss masks.
     """
 
     text: str = ""
     thought: str = ""
     calls: list[FunctionCall] = field(default_factory=list)
     results: list[Message] = field(default_factory=list)
+    given: list[Mapping[str, object]] = field(default_factory=list)
 
 
 def _read_turn(
@@ -208,16 +266,13 @@ def _read_turn(
     The result is one message, or several if the content has tool results, as in Anthropic's API.
     """
     content = turn.get(form.content)
-    if role == "call":
-        # `call` is our name for the role `function_call`. The entire content is the call.
+    parts = _parts_of_turn(row, role, turn, form, at)
+    if role in _ANSWER_ROLES:
         role = "assistant"
-        parts = _ContentParts(calls=_calls(row, content, at))
-    else:
-        parts = _content(row, content, form, at, role)
     # Keys other than role and content. Most turns have no such keys.
     others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
     _read_others(row, others, form, parts, at)
-    is_trained = is_trained_turn(row, role, others, at)
+    is_trained = is_trained_turn(row, role, others, at, parts.given)
     if role == "assistant" and is_trained:
         # Labels that rate this answer as bad. `labels.py` reports them.
         row.bad_turns += [(at, *label) for label in bad_labels(others)]
@@ -249,6 +304,26 @@ def _read_turn(
         if turn.get(name):
             message[name] = row.text(turn[name], f"{at} {name}")
     return [message]
+
+
+def _parts_of_turn(
+    row: RowReader, role: str, turn: Mapping[str, object], form: Form, at: str
+) -> _ContentParts:
+    """Split the content of a turn. Its role says whether it is text, reasoning or a call."""
+    content = turn.get(form.content)
+    if role == "call":
+        # `call` is our name for the role `function_call`. The entire content is the call.
+        return _ContentParts(calls=_calls(row, content, at))
+    parts = _content(row, content, form, at, "assistant" if role in _ANSWER_ROLES else role)
+    text = parts.text
+    if role in _ANSWER_ROLES:
+        parts.text = ""
+    if role == "thought":
+        parts.thought += text
+    elif role == "recipient":
+        name = str(turn["recipient"]).strip().removeprefix("functions.")
+        parts.calls += _calls(row, {"name": name, "arguments": text}, at)
+    return parts
 
 
 def _with_results(row: RowReader, role: str, parts: _ContentParts, at: str) -> list[Message]:
@@ -318,8 +393,12 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
     parts = _ContentParts()
     for given in content if isinstance(content, list) else [content]:
         part = given if isinstance(given, Mapping) else {"type": "text", "text": given}
+        parts.given.append(part)
         kind = part.get("type")
         is_text = kind in ("text", "input_text", "output_text")
+        if is_text and (part.get("thought") is True or part.get("channel") in _THOUGHT_CHANNELS):
+            is_text = False
+            kind = "thinking"
         is_thought = kind in ("reasoning", "thinking")
         goes_first = is_thought or kind == "tool_result"
         if (is_text and parts.calls) or (goes_first and parts.text):
@@ -348,13 +427,23 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
                 "delete the row, or write the part as text",
                 at,
             )
+        if is_text or goes_first:
+            row.unread |= {
+                f"part.{key}"
+                for key, value in part.items()
+                if key not in _HARMLESS_KEYS.union(_PART_VALUES, ("content", "thought"))
+                and not is_mask_column(key)
+                and not is_absent(value)
+            }
     return parts
 
 
+# Names of the value of a content part. The name depends on the API.
+_PART_VALUES = ("text", "value", "reasoning", "thinking")
+
+
 def _part_value(part: Mapping[str, object]) -> object:
-    """Return the value of a content part. The name of the key depends on the API."""
-    names = ("text", "value", "reasoning", "thinking")
-    return next((part[name] for name in names if name in part), None)
+    return next((part[name] for name in _PART_VALUES if name in part), None)
 
 
 def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
@@ -409,9 +498,17 @@ def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
                 fix='write the arguments as an object, such as {"a": 1}',
                 at=at,
             )
-        for key, field_value in {**item, **function}.items():
+        keys = {**item, **function}
+        if not is_trained_turn(row, "assistant", keys, at):
+            raise row.error(
+                f"the loss mask excludes the call of {name}",
+                why="training on only a part of an answer is not supported",
+                fix="write the loss mask into the turn",
+                at=at,
+            )
+        for key, field_value in keys.items():
             is_read = key in ("name", "type", "index", "function", "id", *_ARGUMENTS)
-            if not is_read and not is_absent(field_value):
+            if not is_read and not is_mask_column(key) and not is_absent(field_value):
                 row.unread.add(f"call.{key}")
         called: CalledFunction = {"name": name, "arguments": arguments}
         call: FunctionCall = {"type": "function", "function": called}

@@ -4,11 +4,11 @@ A loss mask is a key of a turn or a column of a row, such as `train`, that exclu
 training.
 
 A mask can only include or exclude an entire answer. All other masks raise an error, for example a
-weight of 0.5, or two keys that contradict each other.
+weight of 0.5, two keys that contradict each other, or different masks on the parts of an answer.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tunesmith.data.rows.columns import plain
 from tunesmith.data.rows.row_reader import RowReader
@@ -31,7 +31,13 @@ _MARKS = {
 PARTIAL_MARKS = ("train_detail", "training_detail")
 
 
-def is_trained_turn(row: RowReader, role: str, turn: Mapping[str, object], at: str) -> bool:
+def is_trained_turn(
+    row: RowReader,
+    role: str,
+    turn: Mapping[str, object],
+    at: str,
+    parts: Sequence[Mapping[str, object]] = (),
+) -> bool:
     """Return whether a turn is included in training, according to its loss mask keys.
 
     Args:
@@ -39,11 +45,34 @@ def is_trained_turn(row: RowReader, role: str, turn: Mapping[str, object], at: s
         role: the role of the turn.
         turn: the keys of the turn with their values, such as `train` or OpenAI's `weight`.
         at: the position of the turn in the row, such as "message 2".
+        parts: the keys of the content parts and of the tool calls, which can have masks, too.
 
     Raises:
-        DataError: the key masks only a part of the turn, its value is unclear, or two keys
+        DataError: the keys mask only a part of the turn, a value is unclear, or two keys
             contradict each other.
     """
+    own_mask = _read_mask(row, role, turn, at)
+    masks = {_read_mask(row, role, part, at) for part in parts}
+    # A part without a mask has the mask of the turn, which is trained by default.
+    is_trained = own_mask is not False
+    if masks <= {None, is_trained}:
+        return is_trained
+    # All parts have the other mask, and the turn has no mask.
+    if len(masks) == 1 and own_mask is None:
+        return not is_trained
+    # The messages of the other roles are never trained.
+    if role != "assistant":
+        return is_trained
+    raise row.error(
+        "the loss masks of the parts of an answer differ from each other or from the answer's mask",
+        why="training on only a part of an answer is not supported",
+        fix="write the same mask into all parts, or split the turn",
+        at=at,
+    )
+
+
+def _read_mask(row: RowReader, role: str, turn: Mapping[str, object], at: str) -> bool | None:
+    """Return the value of the loss mask keys of a turn or a part. Return None if it has none."""
     marks = {}
     for key, value in turn.items():
         name = plain(key)
@@ -63,7 +92,7 @@ def is_trained_turn(row: RowReader, role: str, turn: Mapping[str, object], at: s
             fix="remove the wrong key",
             at=at,
         )
-    return all(marks.values())
+    return next(iter(marks.values()), None)
 
 
 def _read_mask_value(row: RowReader, key: str, value: object, role: str, at: str) -> bool:

@@ -1,0 +1,33 @@
+"""Rows of `message_rows.jsonl`: the messages that each gives, or where it is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import refuses
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.errors import DataError
+
+LINES = Path(__file__).with_name("message_rows.jsonl").read_text(encoding="utf-8").splitlines()
+CASES = {case["case"]: case for case in map(json.loads, LINES)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_messages_are_read_or_refused(name: str) -> None:
+    case: dict[str, Any] = CASES[name]
+    source = Source(source="x", format="messages")
+    unread: set[str] = set()
+    if "refused" in case:
+        where = ", ".join(filter(None, ("row 1", case["refused"])))
+        with refuses(DataError, where=where):
+            convert_row(case["row"], source, where="row 1")
+        return
+    [sample] = convert_row(case["row"], source, where="row 1", unread=unread).samples
+    assert isinstance(sample, Conversation)
+    assert sample.messages == case["gives"]
+    assert sample.untrained == set(case.get("untrained", ()))
+    assert unread == set(case.get("unread", ()))
