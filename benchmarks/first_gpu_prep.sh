@@ -11,7 +11,7 @@
 #   PACKAGES                    packages that its Python does not have
 #
 # gpu_session.py unpacks the wheel of Transformers, because NVIDIA's images have version 5.17, which cannot train on
-# pictures.
+# pictures. All packages have the versions in constraints.txt, with which the tests have passed.
 set -euo pipefail
 
 rows=${1:?ROWS is missing: a JSON array of alpaca rows}
@@ -22,6 +22,7 @@ cuda=${CUDA:-130}
 python=${PYTHON:-python3}
 version=${PYTHON_VERSION:-3.12}
 site=$folder/site-$version
+constraints=$(dirname "$0")/../constraints.txt
 packages=${PACKAGES:-ruamel.yaml bitsandbytes pydantic pydantic-core annotated-types typing-inspection typing-extensions
   datasketch pytest-xdist execnet}
 
@@ -32,13 +33,13 @@ done
 rm -rf "$site"
 # Unpack the packages here, so that the GPU machine needs no time to install them, and unused files are not copied.
 for package in $packages; do
-  "$python" -m pip install -q --no-deps --no-compile --only-binary=:all: --python-version "$version" \
+  "$python" -m pip install -q -c "$constraints" --no-deps --no-compile --only-binary=:all: --python-version "$version" \
     --implementation cp "${platforms[@]}" --target "$site" "$package" || echo "pip could not install $package" >&2
 done
 # Delete unused libraries of bitsandbytes. It has one for each CUDA and ROCm release, 125 MB in total.
 find "$site/bitsandbytes" -name 'libbitsandbytes_*' ! -name "libbitsandbytes_cuda$cuda*" ! -name '*_cpu*' -delete
 rm -f "$folder"/transformers-*.whl
-"$python" -m pip download -q --no-deps --only-binary=:all: --dest "$folder" 'transformers>=5.18,<6'
+"$python" -m pip download -q -c "$constraints" --no-deps --only-binary=:all: --dest "$folder" transformers
 git describe --always --abbrev=40 --exclude='*' --dirty=+ >"$folder/commit" || rm -f "$folder/commit"
 
 "$python" - "$rows" "$tokenizer" "$folder" <<'P'

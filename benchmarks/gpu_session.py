@@ -1,17 +1,19 @@
-"""Measurements on one GPU with 80 GB or more, without a network, in two calls within 15 minutes.
+"""Measurements on one GPU with 80 GB or more, without a network. Calls 1 and 2 take 15 minutes.
 
     # On a machine with a network, download packages, rows and tokenizer:
     bash benchmarks/first_gpu_prep.sh ROWS TOKENIZER .gpu
-    # On the GPU machine, run call 1 (540 seconds) and call 2 (240 seconds):
+    # On the GPU machine, run call 1 (420 seconds), and call 2 (310 seconds) if time is left:
     python benchmarks/gpu_session.py 1 --output results
     python benchmarks/gpu_session.py 2 --output results
+    # Call 3 (220 seconds) repeats measurements that have figures of an earlier release.
     # On a CPU, run the same commands with tiny models:
     python benchmarks/gpu_session.py 1 --output results --dry-run
 
 A call runs a list of steps. Each step is a command with a time limit. OUTPUT/results-CALL.json is
 written after each step, so that no finished step is lost if the call is killed. The output of the
 steps is in OUTPUT/log-CALL.txt. A step is skipped if too little time is left for it. If a step
-fails, the next step runs.
+fails, the next step runs. A step writes its report after each of its cases, so that a step that is
+killed at its limit keeps the cases before. Call 1 begins with reinforcement learning.
 
 With --dry-run, the same commands run on this machine with tiny models instead of the real shapes,
 so that errors are found without a GPU. CUDA kernels are not used, and their tests are skipped.
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent / "speed"))
 from step_reports import read_report
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {"1": 540, "2": 240}  # maximum seconds of each call
+LIMITS = {"1": 420, "2": 310, "3": 220}  # maximum seconds of each call
 DRY_LIMIT = 900  # maximum seconds of a step in a dry run, whose machine may be slow
 MISSING_PACKAGES = 3  # exit status of device_facts.py if packages are missing
 # A step starts only if at least this fraction of its seconds is left.
@@ -94,6 +96,9 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
         words = ["--only", cases, "--steps", str(2 if dry else timed), *tiny]
         return script("speed/streamed", *words, "--output", str(work / f"{name}.json"))
 
+    def decoding(name: str, *words: str) -> list[str]:
+        return script("speed/decoding", *words, *report(name))
+
     def pictures(family: str) -> list[str]:
         return script("speed/picture_steps", "--family", family, *tiny, *report(family))
 
@@ -104,37 +109,49 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
 
     tiny = ["--small"] if dry else []
     nf4 = "model.quantize=nf4"
-    wide = ["--prompts", "2" if dry else "16", "--group", "16", "--prompt-tokens", "150"]
+    slots = ["64", "256", "512"]
+    # 160 tokens make the slots grow.
+    wide = ["--slots", *slots, "--group", "16", "--prompt-tokens", "150", "--tokens", "160"]
+    profile = ["--profile-slots", "256"]
+    if dry:
+        wide = ["--slots", "16", "32", "--group", "16", "--prompt-tokens", "20", "--tokens", "80"]
+        profile = ["--profile-slots", "32"]
     grpo = [
         "method.name=grpo",
         f"method.reward={ROOT / 'benchmarks' / 'parity' / 'rl_rewards.py'}:letters",
-        "train.global_batch=16 examples",
+        f"train.global_batch={2 if dry else 16} examples",
         "method.group=16",
         f"method.answer_tokens={9 if dry else 100}",
         "data.seq_len=512",
     ]
-    tests = [
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-n",
-        "0" if dry else "6",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-    ]
+    # addopts of pyproject.toml has -q: with -vv, pytest prints the name of each test as it ends, so
+    # that a killed step leaves the names.
+    tests = ["-m", "pytest", "-vv", "-m", "gpu", "-n", "0" if dry else "6", "-rs"]
+    tests += ["-p", "no:cacheprovider", "--junitxml", str(work / "tests.xml")]
+    # Reinforcement learning has never run on a GPU, so its tests run first.
+    tests += ["tests/training/test_grpo_on_devices.py", "tests"]
     # A process needs 8 s to start, and 19 s more to build a 70B model in nf4. Each comparison does
     # both twice.
-    first = [
+    calls = {}
+    calls["1"] = [
         Step("device", 15, "the machine",
              script("speed/device_facts", "--output", str(work / "device.json"))),
-        Step("tests", 100, "no GPU synchronization, equal numbers, memory, NCCL",
-             [sys.executable, *tests, "--junitxml", str(work / "tests.xml")]),
+        Step("tests", 60, "equal numbers, no GPU synchronization, memory, NCCL",
+             [sys.executable, *tests]),
+        Step("slots-4b", 90, "launches per token, microseconds per launch, idle share",
+             decoding("slots-4b", *shape("qwen3-4b", *wide, *profile))),
+        Step("grpo-4b", 100, "GRPO in bf16 and fp8: KL, memory, compilations",
+             script("speed/grpo_steps", *shape("qwen3-4b", *grpo, "--steps", "2"),
+                    *report("grpo-4b"))),
+        Step("varlen-decoding", 60, "varlen_attn with one query per slot, also in a CUDA graph",
+             script("speed/varlen_decoding", *tiny, *report("varlen-decoding"))),
         Step("qwen2_5_vl", 70, "synchronization in vision models, plans for picture sizes",
              pictures("qwen2_5_vl")),
-        Step("gemma3", 60, "attention over pictures, peak memory and plan", pictures("gemma3")),
-        Step("70b-nf4", 95, "our nf4 kernel in a training step",
+        Step("decoding-8b", 25, "decoding of one answer",
+             decoding("decoding-8b", *shape("llama3-8b"))),
+    ]  # fmt: skip
+    calls["2"] = [
+        Step("70b-nf4", 120, "our nf4 kernel in a training step",
              compared("70b-nf4", "nf4 kernel",
                       *shape("llama3-70b", nf4, *batch(8192), *steps(2, 1)))),
         Step("3b-attention", 70, "our attention with 3 query heads per key head",
@@ -146,22 +163,16 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
              [sys.executable, "-m", "tunesmith", "bench", *report("30b-experts"),
               *shape("qwen3-30b-a3b", *batch(32768), *steps(4, 2))]),
     ]  # fmt: skip
-    second = [
-        Step("decoding-8b", 15, "decoding",
-             script("speed/decoding", *shape("llama3-8b"), *report("decoding-8b"))),
+    calls["3"] = [
+        Step("gemma3", 60, "attention over pictures, peak memory and plan", pictures("gemma3")),
         Step("decoding-70b-nf4", 35, "decoding with nf4 weights",
-             script("speed/decoding", *shape("llama3-70b", nf4), *report("decoding-70b-nf4"))),
-        Step("grpo-4b", 50, "a step of GRPO: rollouts, training, memory, KL",
-             [sys.executable, "-m", "tunesmith", "bench", *report("grpo-4b"),
-              *shape("qwen3-4b", *grpo, *steps(1, 1))]),
-        Step("slots-4b", 15, "answer tokens per second of 256 answers at once",
-             script("speed/decoding", *shape("qwen3-4b", *wide), *report("slots-4b"))),
+             decoding("decoding-70b-nf4", *shape("llama3-70b", nf4))),
         Step("experts-streamed", 80, "experts streamed from the host",
              streamed("experts-streamed", "experts", 3)),
         Step("planned", 45, "layers that stay on the device after the memory trial",
              streamed("planned", "planned", 3)),
     ]  # fmt: skip
-    return first if call == "1" else second
+    return calls[call]
 
 
 def run_step(step: Step, limit: float, environment: dict[str, str], log: Path) -> int:
@@ -204,6 +215,8 @@ def make_environment(folder: Path, work: Path, *, dry: bool) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # As `tunesmith` sets it. The scripts of speed/ call torch before the command line does.
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         # Most of the tests' time is compilation. Each of the six workers starts two processes for
         # it.
         "TORCHINDUCTOR_COMPILE_THREADS": "2",
@@ -263,7 +276,7 @@ def run_call(options: argparse.Namespace) -> bool:
             status = run_step(step, most, environment, log)
             seconds = time.monotonic() - started
             done[step.name] = {"exit": status, "seconds": round(seconds), "limit": round(most)}
-            found = read_report(work, step.name)
+            found = read_report(work, step.name, log)
             if found is not None:
                 done[step.name]["report"] = found
             ended = f"ended with exit status {status} after {seconds:.0f} s ({step.shows})"

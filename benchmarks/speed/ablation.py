@@ -201,13 +201,16 @@ REPLACEMENTS = {
 
 
 def run_in_turns(
-    commands: Mapping[str, Sequence[str]], *, rounds: int
+    commands: Mapping[str, Sequence[str]], *, rounds: int, partial: Path | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each command `rounds` times, in turns. Return the reports by name.
 
     `--json FILE` is appended to each command, and the command writes its report to this file. The
     speed is printed. If a command fails, the end of its stderr is printed, and this run has no
     report.
+
+    Args:
+        partial: file for the reports so far, which is written after each run.
     """
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory(prefix="tunesmith-turns-") as folder:
@@ -229,6 +232,8 @@ def run_in_turns(
                     continue
                 report = json.loads(file.read_text(encoding="utf-8"))
                 reports[name].append(report)
+                if partial:
+                    partial.write_text(json.dumps({"runs": reports}, indent=1) + "\n")
                 speed = report["figures"]["tokens_per_second"]
                 print(f"round {turn}: {name:26} {speed:10,.0f} tokens/s", flush=True)
     return reports
@@ -313,7 +318,8 @@ def main() -> None:
         print(f"{name} is not measured: {reason}")
     report: dict[str, Any] = {"command": sys.argv, "left_out": left_out}
     if len(commands) > 1:
-        runs = run_in_turns(commands, rounds=options.rounds)
+        partial = Path(options.json) if options.json else None
+        runs = run_in_turns(commands, rounds=options.rounds, partial=partial)
         table = table_of(runs)
         print(*lines_of(table, changes), sep="\n")
         report |= {"changes": changes, "table": table, "runs": runs}

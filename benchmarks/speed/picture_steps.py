@@ -114,9 +114,13 @@ def write_drawn_rows(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
 
 
 def measure_pictures(
-    model: Path, size: tuple[int, int], folder: Path, *, small: bool
+    model: Path, size: tuple[int, int], folder: Path, file: Path, *, small: bool
 ) -> dict[str, Any]:
-    """Measure steps on pictures of one size, and then on pictures of different sizes."""
+    """Measure steps on pictures of one size, and then on pictures of different sizes.
+
+    Args:
+        file: the file of the report, which is written after each measurement.
+    """
     planned = []
     build = measure.build
 
@@ -151,11 +155,12 @@ def measure_pictures(
         report[name] = {"figures": vars(measured.figures), "planned_gib": planned[-1]}
         if traces:
             report[name] |= read_profile({"profile": {"traces": measured.traces}, "recipe": values})
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 
 def main() -> None:
-    """Measure one model family. Write the report after both measurements."""
+    """Measure one model family."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,8 +175,7 @@ def main() -> None:
         folder = Path(name)
         (folder / "model").mkdir()
         write_model(folder / "model", args.family, small=args.small)
-        report = measure_pictures(folder / "model", size, folder, small=args.small)
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report = measure_pictures(folder / "model", size, folder, args.json, small=args.small)
     for case, found in report.items():
         figures = found["figures"]
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,21 @@ from xml.etree import ElementTree
 
 from kernel_terms import terms_of
 
+# A line of `pytest -vv`, with and without pytest-xdist.
+TEST_LINE = re.compile(r"(?P<test>tests/\S+::.*?) (?P<state>PASSED|FAILED|ERROR|SKIPPED)\b")
+TEST_LINE_OF_WORKER = re.compile(
+    r"\] (?P<state>PASSED|FAILED|ERROR|SKIPPED) (?P<test>tests/\S+::.*)"
+)
 
-def read_report(work: Path, name: str) -> dict[str, Any] | None:
-    """Return the report of a step. Return None if there is no complete report."""
+
+def read_report(work: Path, name: str, log: Path) -> dict[str, Any] | None:
+    """Return the report of a step. Return None if there is no complete report.
+
+    Args:
+        log: output of the steps. If pytest was killed, its lines replace its report.
+    """
     if name == "tests":
-        return read_tests(work / "tests.xml")
+        return read_tests(work / "tests.xml") or read_test_lines(log)
     file = work / f"{name}.json"
     try:
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -55,6 +66,18 @@ def read_tests(file: Path) -> dict[str, Any] | None:
         "failures": failures,
         "skip_reasons": dict(skip_reasons),
     }
+
+
+def read_test_lines(log: Path) -> dict[str, Any] | None:
+    """Return the names of the tests by state, as `pytest -vv` printed them. Return None if it
+    printed none.
+    """
+    names: dict[str, list[str]] = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        found = TEST_LINE_OF_WORKER.search(line) or TEST_LINE.search(line)
+        if found:
+            names.setdefault(found["state"].lower(), []).append(found["test"].strip())
+    return names or None
 
 
 def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:

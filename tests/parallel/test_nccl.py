@@ -27,7 +27,16 @@ CASES: list[dict[str, Any]] = [
     merge(FULL, {"parallel": SHARD}),
     merge(FULL, {"parallel": COPY}),
     {"parallel": COPY},
-]
+    # Sampling with gathered weights, and the reference forward. Each rank has two micro batches.
+    {
+        "method": {
+            "name": "grpo", "reward": "r.py:letters", "group": 4, "answer_tokens": 8, "beta": 0.1,
+        },
+        "train": {"global_batch": "4 examples"},
+        "parallel": SHARD,
+    },
+]  # fmt: skip
+REWARD = "def letters(answer, row):\n    return sum(c in 'abcde' for c in answer) / 99\n"
 
 
 def share_one_gpu(rank: int | str) -> dict[str, str]:
@@ -68,6 +77,7 @@ def test_two_ranks_train_as_one_process(backend: str, tiny: Path, tmp_path: Path
         {**merge(case, EAGER), "output_dir": str(tmp_path / f"run {number}")}
         for number, case in enumerate(CASES)
     ]
+    (tmp_path / "r.py").write_text(REWARD)
     recipe(tiny, tmp_path)  # writes the rows, which each rank would write otherwise
     arguments = [(backend, tiny, tmp_path, case) for case in cases]
     ranks = run_each(2, numbers_on, arguments, spawns=backend == "nccl")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import decoding
 import first_gpu_tables
 import gpu_session
 import kill_and_resume
@@ -37,6 +38,35 @@ def test_the_tests_of_a_stage_are_counted_and_failures_named(tmp_path: Path) -> 
     assert (report["passed"], report["failed"], report["skipped"]) == (1, 2, 1)
     messages = [failure["message"] for failure in report["failures"]]
     assert messages == ["assert 1 == 2", "does not allow this operator"]
+
+
+def test_the_tests_of_a_killed_stage_are_named(tmp_path: Path) -> None:
+    """Lines of `pytest -vv`, of one process and of xdist. The last test was killed."""
+    log = tmp_path / "log-1.txt"
+    log.write_text(
+        "tests/a.py::test_a[cuda, no gaps] PASSED              [ 50%]\n"
+        "tests/a.py::test_b \n[gw1] [ 75%] FAILED tests/a.py::test_c[one two] \ntests/a.py::test_d "
+    )
+    report = step_reports.read_report(tmp_path, "tests", log)
+    names = {
+        "passed": ["tests/a.py::test_a[cuda, no gaps]"],
+        "failed": ["tests/a.py::test_c[one two]"],
+    }
+    assert report == names
+
+
+def test_the_profile_of_decoded_tokens_counts_launches_and_matmuls_by_keys() -> None:
+    inputs = {"External id": 1, "Input Dims": [[8, 4, 16], [8, 16, 33]]}
+    events = [
+        {"cat": "cpu_op", "name": "aten::bmm", "dur": 9, "args": inputs},
+        *[{"cat": "kernel", "name": "gemm", "dur": 6, "args": {"External id": 1}}] * 2,
+        {"cat": "kernel", "name": "add", "dur": 3, "args": {"External id": 2}},
+        *[{"cat": "cuda_runtime", "name": "cudaLaunchKernelExC", "dur": 1, "args": {}}] * 6,
+    ]
+    found = decoding.profile_figures(events)
+    assert found["launches_a_token"] == 6 / decoding.PROFILED
+    assert found["kernel_ms_a_token"] == pytest.approx(15e-3 / decoding.PROFILED)
+    assert found["bmm_us_by_keys"] == {33: 12}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/measurements/README.md"])
@@ -116,7 +146,7 @@ def test_each_command_of_a_gpu_session_is_one_that_bench_takes_and_fits_the_call
         assert stated_recipe(args) or shape_recipe(
             tmp_path / "model", data=args.data, rows="alpaca", overrides=overrides
         )
-    assert len(commands) == (3 if call == "1" else 1)
+    assert len(commands) == (3 if call == "2" else 0)
     assert sum(step.seconds for step in steps) <= gpu_session.LIMITS[call]
 
 
