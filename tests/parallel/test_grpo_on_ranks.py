@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ranks import run_each
+from ranks import run_each, run_ranks
 from recipes import make_run, merge
+from tunesmith.errors import OtherRankError, StoppedError
+from tunesmith.metrics.record import read_records
 from tunesmith.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -37,6 +41,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int], int]] = {
     "in full, shards": ({"adapter": {"kind": "none"}}, {"shard": 2}, 4),
     "in full, shards, one samples": ({"adapter": {"kind": "none"}}, {"shard": 2}, 64),
     "penalty to the base": ({"method": {"beta": 0.1}}, {"replicate": 2}, 4),
+    # Five groups in five micro batches, so that one of three micro batches of rank 1 is empty.
+    "adapter, penalty, shards": (
+        {"method": {"beta": 0.1}, "train": {"micro_batch": "128 tokens"}},
+        {"shard": 2},
+        4,
+    ),
 }
 
 
@@ -84,3 +94,40 @@ def test_two_ranks_do_what_one_does(tiny: Path, tmp_path: Path) -> None:
             ours = load_file(tmp_path / name / file)
             for key, value in load_file(tmp_path / f"{name}, alone" / file).items():
                 assert np.abs(ours[key] - value).max() < 1e-6, key
+
+
+def stopped_in_step_2(model: Path, folder: Path) -> dict[int, list[float]]:
+    """The times at which this rank draws tokens in each step, from the signal that rank 1 gets."""
+    import tunesmith.model.slots
+    from tunesmith.training import rollouts
+
+    tunesmith.model.slots.ANSWERS_AT_ONCE = 4
+    times: dict[int, list[float]] = {}
+    sample = rollouts.sample
+
+    def slowly(*args: Any, step: int, **options: Any) -> Any:
+        drawn = times.setdefault(step, [])
+
+        def chosen(_: int) -> None:
+            drawn.append(time.monotonic())
+            if step == 1 and os.environ["RANK"] == "1":
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2 if step == 1 else 0)
+
+        return sample(*args, step=step, chosen=chosen, **options)
+
+    rollouts.sample = slowly
+    changes = {"method": {"answer_tokens": 40}, "parallel": {"replicate": 2}}
+    with pytest.raises((StoppedError, OtherRankError)):
+        train(make_run(model, folder, **merge(RL, changes)), quiet=True)
+    return times
+
+
+def test_a_stop_cancels_the_answers_that_are_being_drawn(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text(REWARD)
+    other, signalled = run_ranks(2, stopped_in_step_2, tiny, tmp_path)
+    assert max(other) == max(signalled) == 1, "no step begins after the signal"
+    assert len(signalled[1]) == 1
+    # The heartbeat of each second tells the other rank, which would draw for 8 seconds.
+    assert other[1][-1] - signalled[1][0] < 4
+    assert read_records(tmp_path / "run" / "metrics.jsonl")[-1].step == 1

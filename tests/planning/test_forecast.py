@@ -134,6 +134,7 @@ def test_the_meshes_of_a_cluster() -> None:
 
 
 NF4 = {"model": {"quantize": "nf4"}}
+RL = {"method": {"name": "grpo", "reward": "exact"}, "data": {"train": {"source": "rows.jsonl"}}}
 # Shape, machines, recipe, other facts of the model, and the sizes that a tensor group may have.
 CUTS: list[tuple[str, str, dict, dict, set[int]]] = [
     # 24 heads, which 16 ranks cannot share; joined projections are not cut.
@@ -142,6 +143,8 @@ CUTS: list[tuple[str, str, dict, dict, set[int]]] = [
     # 14336 / 8 = 1792 is 28 blocks of nf4, 28 / 8 is no whole number of them.
     ("llama3-8b", "8xh100", NF4, {"intermediate": 1792}, {1, 2, 4}),
     ("llama3-8b", "8xh100", {"model": {"quantize": "fp8"}}, {}, {1, 2, 4, 8}),
+    # Ranks of a tensor group would draw tokens from their own parts of the vocabulary.
+    ("llama3-70b", "8xh100", RL, {}, {1}),
 ]
 
 

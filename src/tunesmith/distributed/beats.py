@@ -33,6 +33,7 @@ class Beat:
             for the GPU, or "".
         idle: seconds since the last progress.
         limit: maximum for `idle` before the rank counts as stuck.
+        stops: whether the rank has a request to stop the run.
         is_done: whether the rank has finished. If True, missing messages of this rank are no fault.
     """
 
@@ -43,6 +44,7 @@ class Beat:
     collective: str = ""
     idle: float = 0.0
     limit: float = inf
+    stops: bool = False
     is_done: bool = False
 
 

@@ -133,6 +133,13 @@ class Heartbeat:
         """
         self.activity.progress(step)
 
+    def share_stop(self, stops: bool) -> bool:
+        """Publish whether this rank has a request to stop. Return whether any rank has one, as far
+        as this rank knows.
+        """
+        self.peers.own_beat.stops = stops
+        return stops or any(beat.stops for beat in self.peers.beats)
+
     def share_error(
         self, error: BaseException, failure: TunesmithError | None = None
     ) -> BaseException:

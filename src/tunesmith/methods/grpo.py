@@ -7,9 +7,13 @@ has no effect. The gradient is that of - sum of weight(answer) * log p(answer). 
 answer is its advantage, which is its reward minus the mean reward of the answers to the same prompt
 (`answer_weights`).
 
+With `beta`, the loss also has beta / tokens * sum over tokens of p / p_old * k3(token). The ratio
+p / p_old makes its gradient an unbiased estimate of the gradient of KL(model || base).
+
 Sources: grpo: Shao et al. 2024, arXiv:2402.03300. dapo (mean over tokens): Yu et al. 2025,
 arXiv:2503.14476. dr_grpo: Liu et al. 2025, arXiv:2503.20783. rloo: Ahmadian et al. 2024,
-arXiv:2402.14740. The KL estimate k3: Schulman 2020, http://joschu.net/blog/kl-approx.html.
+arXiv:2402.14740. The KL estimate k3: Schulman 2020, http://joschu.net/blog/kl-approx.html. The
+ratio in the penalty: DeepSeek-AI 2025, arXiv:2512.02556.
 """
 
 from collections.abc import Mapping
@@ -92,6 +96,13 @@ class GroupRelativePolicyOptimization(Method):
         self, model: TrainModel, batch: Batch, totals: StepTotals | None = None
     ) -> MethodOutput:
         logprobs = self._logprobs(model, batch)
+        reference = None
+        if self.config.beta > 0:
+            # Compute the reference for every batch, also for one of only padding: a sharded model
+            # gathers its weights in this forward, and the other ranks wait for this rank.
+            assert model.reference is not None
+            with evaluating(model), model.reference():
+                reference = self._logprobs(model, batch)
         sequences = batch.sequences
         if sequences is None or sequences.weights is None or sequences.sampled is None:
             # The batch contains rows as they are in the data, for measurements before training, or
@@ -104,11 +115,8 @@ class GroupRelativePolicyOptimization(Method):
         ratio = (logprobs - logprobs.detach()).exp()
         loss = -(weights * ratio).double().sum()
         kl_base = torch.zeros_like(loss)
-        if self.config.beta > 0:
-            assert model.reference is not None
-            with evaluating(model), model.reference():
-                reference = self._logprobs(model, batch)
-            kl_base = k3(logprobs, reference).sum()
+        if reference is not None:
+            kl_base = (ratio * k3(logprobs, reference)).sum()
             loss = loss + self.config.beta * kl_base
         sampler = k3(sequences.sampled, logprobs.detach()).sum()
         values = {

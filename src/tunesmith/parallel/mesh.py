@@ -188,6 +188,7 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     unsupported = {
         "a base model that is already in nf4": (spec.quantized == "bnb-nf4", "parallel.tensor=1"),
         "a model with a vision encoder": (run.model.vision, "parallel.tensor=1"),
+        "a method that samples answers": (run.samples_answers, "parallel.tensor=1"),
         "a base model in its original quantization": (
             not scheme_of(run.model, spec.quantized).is_cut,
             "model.quantize=none",

@@ -39,7 +39,8 @@ class AsyncMetrics(LoopPart):
     """Part of the training loop that creates the record of each step.
 
     Attributes:
-        reads_late: whether the values of a step are read while the next step runs.
+        reads_late: whether the values of a step are read while the next step runs. Not if answers
+            are sampled before the next step: a stop would be known only after they are drawn.
         step_began: a mark on the device at the end of the last step whose values were read.
         pending: the step whose values were not read yet, or None.
         records: records of all steps since the run was started or resumed.
@@ -49,7 +50,8 @@ class AsyncMetrics(LoopPart):
         super().__init__(shared)
         self.writer = writer
         self.gauges = Gauges(self.session.device, links=self.ranks.world > 1)
-        self.reads_late = self.session.device.type == "cuda"
+        samples = self.session.model.method.samples_answers
+        self.reads_late = self.session.device.type == "cuda" and not samples
         self.pending: StepOutput | None = None
         self.records: list[StepRecord] = []
         self.restart_clock()

@@ -38,6 +38,7 @@ from tunesmith.training.answer_groups import (
     prompt_of,
 )
 from tunesmith.training.session import Session
+from tunesmith.training.stop_control import StopControl
 
 log = logging.getLogger(__name__)
 
@@ -75,26 +76,21 @@ class RewardedSampling:
         *,
         answers: int,
         step: int,
-        cancelled: Callable[[], bool],
+        stop: StopControl,
     ) -> list[list[Rollout]] | None:
         """Sample answers to some examples and reward them. This is a collective call.
 
         The examples are divided into windows of fixed size, which the data ranks sample in turn.
-        All ranks return the answers to all examples. Return None if the sampling was cancelled.
+        All ranks return the answers to all examples. Return None if the run must stop. The
+        ranks then draw no more tokens.
         """
         session = self.session
         window = answers_at_once(answers) // answers
         mesh = session.mesh
         mine: dict[int, list[SampledIds]] = {}
-        heartbeat = session.ranks.heartbeat
-
-        def stops() -> bool:
-            heartbeat.progress()
-            return cancelled()
-
         with unsharded(session.model), session.ranks.raise_on_all_ranks():
             for number, first in enumerate(range(0, len(indices), window)):
-                if number % mesh.shape.data != mesh.data_rank:
+                if number % mesh.shape.data != mesh.data_rank or stop.cancels_sampling():
                     continue
                 chosen = indices[first : first + window]
                 sampled = sample(
@@ -105,16 +101,18 @@ class RewardedSampling:
                     answers=answers,
                     step=step,
                     pad_id=session.files.pad_id,
-                    cancelled=stops,
+                    cancelled=stop.cancels_sampling,
                 )
                 for n in range(len(chosen)):
                     mine[first + n] = sampled[n * answers : (n + 1) * answers]
-        if cancelled():
+        stop.agree()
+        if stop.is_due():
             return None
         rewarded: dict[int, list[Rollout]] = {}
         with session.ranks.raise_on_all_ranks():
-            rewarded = self._reward(tokens, indices, mine, stops)
-        if cancelled():
+            rewarded = self._reward(tokens, indices, mine, stop.cancels_sampling)
+        stop.agree()
+        if stop.is_due():
             return None
         groups: dict[int, list[Rollout]] = {}
         for of_rank in session.ranks.all_gather_object(rewarded):
@@ -165,13 +163,17 @@ class Rollouts(AbstractContextManager["Rollouts"]):
     Args:
         session: the running training.
         loader: determines the layout of the batches and the first step. It is not iterated.
-        stop: function that returns whether the run must end.
+        stop: the requests to stop. They cancel the sampling of a batch.
+        ends: function that returns whether no more batches are needed. It is a collective call.
     """
 
-    def __init__(self, session: Session, loader: Loader, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, session: Session, loader: Loader, stop: StopControl, ends: Callable[[], bool]
+    ) -> None:
         self.session = session
         self.loader = loader
         self.stop = stop
+        self.ends = ends
         self.without_variance = 0
 
     def __exit__(self, *exc: object) -> None:
@@ -180,7 +182,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         step = self.loader.start_step
-        while not self.stop():
+        while not self.ends():
             began = time.perf_counter()
             batch = self._batch(step, began)
             if batch is None:
@@ -201,7 +203,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
             ),
             answers=run.method.group,
             step=step,
-            cancelled=self.stop,
+            stop=self.stop,
         )
         if groups is None:
             return None

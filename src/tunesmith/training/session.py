@@ -52,6 +52,7 @@ from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.stages.plan import PlanFacts
 from tunesmith.training.answer_groups import largest_answer_batch
 from tunesmith.training.reference import BaseReference
+from tunesmith.training.stop_control import StopControl
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
@@ -125,19 +126,19 @@ class Session:
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
     def batches(
-        self, start_step: int, stop: Callable[[], bool]
+        self, start_step: int, stop: StopControl, ends: Callable[[], bool]
     ) -> AbstractContextManager[Iterable[GlobalBatch]]:
         """Return the global batches that training uses: of the rows, or of sampled answers.
 
         Args:
-            stop: function that returns whether the run must end. Sampling is then cancelled.
+            stop, ends: see `Rollouts`.
         """
         loader = self.loader(start_step)
         if not self.model.method.samples_answers:
             return loader
         from tunesmith.training.rollouts import Rollouts
 
-        return Rollouts(self, loader, stop)
+        return Rollouts(self, loader, stop, ends)
 
     @cached_property
     def sampling(self) -> "RewardedSampling":

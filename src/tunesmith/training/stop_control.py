@@ -34,6 +34,7 @@ class StopControl:
         request: request to this process by a signal or by low memory.
         run_dir: folder in which rank 0 looks for the file `stop`.
         wants_end: returns whether the caller of `train` wants to end the run. Only rank 0 uses it.
+        requested: whether this rank has found a request to stop.
         agreed: the status that all ranks have shared, see `RankStatus`.
     """
 
@@ -41,15 +42,17 @@ class StopControl:
     run_dir: Path
     ranks: Ranks = ONE_PROCESS
     wants_end: Callable[[], bool] = lambda: False
+    requested: bool = field(default=False, init=False)
     agreed: RankStatus = field(default=RankStatus(0.0, 0.0, 0.0), init=False)
 
     def is_requested(self) -> bool:
         """Return whether this rank has a request to stop. On rank 0, an existing file `stop` counts
-        as a request.
+        as a request, even if it is deleted later.
         """
-        if self.request.requested():
-            return True
-        return self.ranks.is_main_process and (self.run_dir / STOP_FILE).exists()
+        self.requested = self.requested or self.request.requested()
+        if self.ranks.is_main_process and not self.requested:
+            self.requested = (self.run_dir / STOP_FILE).exists()
+        return self.requested
 
     def is_due(self) -> bool:
         """Return whether the run must stop. With several ranks, only requests that all ranks know
@@ -67,10 +70,13 @@ class StopControl:
         return self.agreed.ends > 0 if self.ranks.world > 1 else self.wants_end()
 
     def agree(self) -> None:
-        """Share stop requests among all ranks before the first step. This is a collective call."""
+        """Share stop requests among all ranks outside a step: before the first step, and before and
+        after answers are sampled, because this can take minutes. This is a collective call.
+        """
         if self.ranks.world > 1:
-            requests = self.ranks.all_gather_object(float(self.is_requested()))
-            self.agreed = self.agreed._replace(stop_requests=sum(requests))
+            own = RankStatus(float(self.is_requested()), 0.0, float(self.wants_end()))
+            for status in self.ranks.all_gather_object(own):
+                self.agree_on(status)
 
     def agree_on(self, status: RankStatus) -> None:
         """Add the status that the ranks have shared in a step. Earlier requests are kept."""
@@ -87,6 +93,17 @@ class StopControl:
         the ranks share requests to stop only in the next step.
         """
         return self.ranks.world == 1 and self.request.requested()
+
+    def cancels_sampling(self) -> bool:
+        """Return whether to draw no more tokens, because a rank has a request to stop.
+
+        The ranks sample different prompts without collectives, so the requests of other ranks come
+        with their heartbeats. Call `agree` afterwards.
+        """
+        heartbeat = self.ranks.heartbeat
+        heartbeat.progress()
+        self.requested = heartbeat.share_stop(self.is_requested())
+        return self.requested
 
     def expect_step(self, seconds: float, *, micro_batches: int) -> None:
         """Store an estimate of the time until a requested stop takes effect. `seconds` is the

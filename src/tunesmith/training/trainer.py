@@ -134,13 +134,19 @@ class Trainer(LoopPart):
         self.metrics.flush()
         if self.stop.is_due() and not self.is_over:
             self.save_and_stop()
+        if self.stop.ends() and not self.is_over:
+            text = f"on_record has ended the run after step {self.progress.step}"
+            self.sinks.text("stopped", text)
         return self.end()
 
     def batches(self) -> AbstractContextManager[Iterable[GlobalBatch]]:
         """Return the global batches of the remaining steps."""
-        return self.session.batches(
-            self.first_step, lambda: self.is_over or self.stop.cancels_validation()
-        )
+
+        def ends() -> bool:
+            self.stop.agree()
+            return self.is_over or self.stop.is_due() or self.stop.ends()
+
+        return self.session.batches(self.first_step, self.stop, ends)
 
     def steps(self, batches: Iterable[GlobalBatch]) -> Iterator[int]:
         """Train on each batch until the run is over. Yield the number of optimizer steps so far."""
@@ -151,11 +157,7 @@ class Trainer(LoopPart):
         if self.validation.is_out_of_patience():
             return
         for batch in batches:
-            if stop.is_due() or self.is_over:
-                return
-            if stop.ends():
-                text = f"on_record has ended the run after step {progress.step}"
-                self.sinks.text("stopped", text)
+            if self.is_over or stop.is_due() or stop.ends():
                 return
             self.checkpoints.raise_failed_write()
             self.report_phase()

@@ -116,7 +116,7 @@ class Validation(LoopPart):
             Decoding(self.run.method.answer_tokens),
             answers=1,
             step=0,
-            cancelled=self.stop.cancels_validation,
+            stop=self.stop,
         )
         if groups is None:
             return None
