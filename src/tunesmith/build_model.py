@@ -18,7 +18,7 @@ from tunesmith.adapter import lora, peft_files
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.sharded import is_sharded, read_shards
 from tunesmith.checkpoint.start_adapter import find_adapter
-from tunesmith.config.schema import REFERENCE_METHODS, Run
+from tunesmith.config.schema import Run
 from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import RecipeError
@@ -320,8 +320,7 @@ def reference_of(run: Run, root: TrainModel) -> Callable[[], AbstractContextMana
     method needs no reference. Also return None if all weights are trained, because
     `training/reference.py` then computes the reference's log-probabilities before training.
     """
-    is_rl = run.samples_answers and run.method.beta > 0
-    if not (is_rl or run.method.name in REFERENCE_METHODS) or run.adapter.kind == "none":
+    if not run.uses_reference or run.adapter.kind == "none":
         return None
     if run.adapter.from_ is None:
         return partial(lora.disabled, root.model)

@@ -82,6 +82,8 @@ def test_draws_depend_on_seed_step_row_and_number_of_the_answer() -> None:
     drawn = {key: uniforms(*key, 5).tolist() for key in keys}
     assert len({tuple(values) for values in drawn.values()}) == len(keys)
     assert uniforms(1, 0, 0, 0, 9)[:5].tolist() == drawn[1, 0, 0, 0]
+    again = [uniforms(1, 0, 0, answer, 5, 1).tolist() for answer in (0, 1)]
+    assert len({tuple(values) for values in (*drawn.values(), *again)}) == len(keys) + 2
     # A resumed run and a newer numpy draw the same numbers.
     assert drawn[1, 0, 0, 0] == pytest.approx(FIRST_DRAWS, abs=1e-10)
 

@@ -240,7 +240,13 @@ def test_a_sweep_is_refused(tiny, tmp_path, monkeypatch):
 
 
 # Each harms only its own row: a prompt with the end token, an empty prompt, and a row that does not fit.
-ODD_ROWS = [{"prompt": "a</s>b<|im_end|>"}, {"prompt": ""}, {"prompt": "long " * 99}]
+# Own answers may be of any length, because they are not learned.
+ODD_ROWS = [
+    {"prompt": "a</s>b<|im_end|>"},
+    {"prompt": ""},
+    {"prompt": "long " * 99},
+    *[{"completion": "long " * 99}] * 2,
+]
 
 
 def test_a_scorer_that_fails_later_ends_the_run_and_nothing_is_lost(tiny, tmp_path, monkeypatch):

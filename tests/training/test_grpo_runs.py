@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 
 from errors import is_internal, refuses
 from invoke import invoke
-from recipes import make_run, merge, recipe
+from recipes import make_run, merge, recipe, rows
 from tunesmith import training
 from tunesmith.data.batches.batch import Batch
-from tunesmith.errors import DataError, StoppedError
+from tunesmith.errors import DataError, ModelError, StoppedError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.reader.rollouts import read_groups
 from tunesmith.training import rollouts as rollouts_module
@@ -145,6 +145,28 @@ def test_a_changed_scorer_is_refused(tiny: Path, tmp_path: Path) -> None:
     with refuses(DataError) as refused:
         train(make_run(tiny, tmp_path, **RL), quiet=True)
     assert refused.value.where.startswith("method.reward: ")
+
+
+def test_another_adapter_as_reference_is_refused(tiny: Path, tmp_path: Path) -> None:
+    short = {"train": {"duration": "1 steps", "warmup": "0 steps"}}
+    go(tiny, tmp_path / "first", short)
+    adapter = tmp_path / "first" / "run" / "final"
+    changes = merge(short, {"adapter": {"from": str(adapter)}, "method": {"beta": 0.1}})
+    go(tiny, tmp_path / "second", changes)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    with refuses(ModelError, where=f"adapter.from: {adapter}"):
+        go(tiny, tmp_path / "second", merge(changes, {"train": {"duration": "2 steps"}}))
+
+
+def test_a_row_that_occurs_twice_in_a_step_gets_other_answers(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "two.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
+    source = {"source": str(file), "format": "prompt-completion", "weight": 2}
+    go(tiny, tmp_path, {"data": {"train": source}, "train": {"duration": "2 steps"}})
+    groups = read_groups(tmp_path / "run/rollouts/step-1.safetensors")
+    assert len({group.row for group in groups}) == 2
+    assert len({tuple(sorted(group.answers)) for group in groups}) == 4
 
 
 def command(*words: object) -> str:

@@ -272,14 +272,20 @@ DECIDED: list[tuple[Any, list[str], int, dict[str, str]]] = [
     ([GOOD, BAD], [], 1, {"method.name": "kto", "train.global_batch": "4 examples"}),
     # No rank is idle.
     (None, ["parallel.tensor=2"], 4, {"train.global_batch": "2 examples"}),
-    (None, [], 99, {"train.global_batch": "34 examples"}),
+    (None, [], 99, {"train.global_batch": "34 examples", "train.learning_rate": "0.001"}),
     # Room for the longest row and an end token, within the model's context.
     # An answer of 100 tokens is sampled to each prompt. A reward may rise late.
     (
         [{"question": "x" * 200, "target": 1}] * 60,
         ["method={name: grpo, reward: r.py:f, answer_tokens: 100}"],
         1,
-        {"data.seq_len": "512", "train.global_batch": "8 examples", "validate.patience": "None"},
+        {
+            "data.seq_len": "512",
+            "train.global_batch": "8 examples",
+            "validate.patience": "None",
+            "train.schedule": "constant",
+            "train.learning_rate": "0.0001",
+        },
     ),
     ([*SHORT, {"text": "x" * 255}], [], 1, {"data.seq_len": "256"}),
     ([*SHORT, {"text": "x" * 256}], [], 1, {"data.seq_len": "512"}),

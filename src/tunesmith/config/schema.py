@@ -155,7 +155,7 @@ class MethodConfig:
         10.0, "grpo: time limit in seconds for your own scorer of one answer"
     )
     group: AtLeastTwo = key(8, "grpo: number of answers that are sampled for each prompt")
-    answer_tokens: Count = key(256, "grpo: maximum number of tokens of a sampled answer")
+    answer_tokens: Count = key(512, "grpo: maximum number of tokens of a sampled answer")
     temperature: Positive = key(1.0, "grpo: temperature of the sampling")
     variant: Literal["dapo", "grpo", "dr_grpo", "rloo"] = key(
         "dapo",
@@ -602,6 +602,12 @@ class Run:
     def samples_answers(self) -> bool:
         """Return whether the run trains on answers that the model samples."""
         return self.method.name == "grpo"
+
+    @property
+    def uses_reference(self) -> bool:
+        """Return whether the method compares the trained model with the model before training."""
+        has_penalty = self.samples_answers and self.method.beta > 0
+        return has_penalty or self.method.name in REFERENCE_METHODS
 
     @property
     def extra_forwards(self) -> int:

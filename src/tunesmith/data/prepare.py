@@ -140,7 +140,8 @@ def prepare_data(
     train = token_sets["train"]
     validation = token_sets.get("validation")
     validation_digest = None
-    if data.allow_cut_answers:
+    if data.allow_cut_answers or run.samples_answers:
+        # Sampled answers replace those of the rows.
         cut_answers = "accept"
     checked = [("train", train, cut_answers)]
     if validation is not None:

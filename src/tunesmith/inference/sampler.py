@@ -5,8 +5,8 @@ The adapter stays beside the base, so quantized bases need no merge, and the log
 those of training except for rounding. Each prompt is computed once for all its answers.
 
 A token is drawn with a uniform number that depends only on the seed, the step, the row of the
-prompt, the number of the answer, and the number of the token. The other answers of the batch, and
-the number of processes, do not change the draws.
+prompt and its occurrence in the step, the number of the answer, and the number of the token. The
+other answers of the batch, and the number of processes, do not change the draws.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -38,11 +38,14 @@ class Prompt(NamedTuple):
         ids: the token ids.
         row: index of the prompt's row in the data. The draws depend on it.
         pictures: the pictures of the prompt, or None.
+        occurrence: how many earlier prompts of the step are from the same row. The draws depend on
+            it.
     """
 
     ids: Sequence[int]
     row: int = 0
     pictures: RowPictures | None = None
+    occurrence: int = 0
 
 
 @dataclass
@@ -61,9 +64,15 @@ class SampledIds:
     finished: bool = False
 
 
-def uniforms(seed: int, step: int, row: int, answer: int, count: int) -> np.ndarray:
+def uniforms(
+    seed: int, step: int, row: int, answer: int, count: int, occurrence: int = 0
+) -> np.ndarray:
     """Return the uniform numbers from 0 to 1 with which the tokens of an answer are drawn."""
-    key = np.random.SeedSequence([seed, step, row, answer])
+    entropy = [seed, step, row, answer]
+    # Numbers of runs from before this key existed have no occurrence.
+    if occurrence:
+        entropy.append(occurrence)
+    key = np.random.SeedSequence(entropy)
     return np.random.Generator(np.random.Philox(key)).random(count)
 
 
@@ -99,8 +108,8 @@ def sample(
     if decoding.temperature > 0:
         for prompt in prompts:
             for answer in range(answers):
-                key = (decoding.seed, step, prompt.row, answer)
-                draws.append(uniforms(*key, decoding.max_new_tokens))
+                key = (decoding.seed, step, prompt.row, answer, decoding.max_new_tokens)
+                draws.append(uniforms(*key, prompt.occurrence))
     with evaluating(model), model.attention_for("training"):
         lengths = [len(prompt.ids) for prompt in prompts]
         slots = Slots(lengths, answers, decoding.max_new_tokens, device)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from tunesmith.config.schema import PAIR_METHODS, REFERENCE_METHODS, Run
+from tunesmith.config.schema import PAIR_METHODS, Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import NO_LIMIT, MemoryLimit
 from tunesmith.model.model_types import Support
@@ -26,7 +26,7 @@ def describe_reference(run: Run) -> tuple[str, str]:
     needs no reference model.
     """
     method = run.method.name
-    if method not in REFERENCE_METHODS:
+    if not run.uses_reference:
         return "", ""
     if run.adapter.kind == "none":
         what = "the base, scored before training"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tunesmith.checkpoint.resume import Resumed, Start, check_unchanged, find_resumed
 from tunesmith.checkpoint.start_adapter import adapter_digest
-from tunesmith.config.schema import REFERENCE_METHODS, Run
+from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.tokens.contract import CutAnswers
 from tunesmith.model.tokenizer import eos_ids
@@ -69,7 +69,7 @@ def read_tokens(model: ModelFacts) -> TokenFacts:
         pictures=model.pictures,
     )
     hashes = {"data_hash": data.digest, "validation_hash": data.validation_digest}
-    if run.method.name in REFERENCE_METHODS and run.adapter.from_ is not None:
+    if run.uses_reference and run.adapter.from_ is not None:
         hashes["reference_hash"] = adapter_digest(run.adapter.from_)
     if run.samples_answers:
         from tunesmith.stages import rewards

@@ -106,9 +106,9 @@ METHODS_OF_FORMATS = {
     "preference": ("dpo", "the rows are pairs of a chosen and a rejected answer"),
     "feedback": ("kto", "the rows are answers labeled good or bad"),
 }
-# Factor for the learning rate of methods with a reference model, relative to supervised
-# fine-tuning. TRL's defaults are 2e-5 for supervised fine-tuning and 1e-6 for DPO. For LoRA, TRL's
-# guides multiply both rates by ten.
+# Factor for the learning rate of preference methods and of reinforcement learning, relative to
+# supervised fine-tuning. TRL's defaults are 2e-5 for supervised fine-tuning and 1e-6 for DPO and
+# GRPO. For LoRA, TRL's guides multiply these rates by ten.
 PREFERENCE_RATE = 0.1
 # Factor for the learning rate of an adapter that is trained further. docs/choosing.md recommends to
 # try a range of rates, and this is the lower end of it. A new adapter needs a higher rate at first,
@@ -548,6 +548,10 @@ class _Choices:
         if self.row_format in METHODS_OF_FORMATS:
             rate = _two_digits(rate * PREFERENCE_RATE)
             reason += "; preference training uses a tenth of the usual rate"
+        elif self.samples_answers:
+            rate = _two_digits(rate * PREFERENCE_RATE)
+            reason += "; reinforcement learning uses a tenth of the usual rate"
+            self.choose("train.schedule", "constant", "the reward can still rise in the last steps")
         elif self.run.adapter.from_ is not None:
             rate = _two_digits(rate * CONTINUED_RATE)
             reason += (

@@ -9,6 +9,7 @@ prompt is in a packed row only once for all its answers.
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -88,14 +89,19 @@ class RewardedSampling:
         window = answers_at_once(answers) // answers
         mesh = session.mesh
         mine: dict[int, list[SampledIds]] = {}
+        seen: Counter[int] = Counter()
+        prompts = []
+        for i in indices:
+            prompts.append(prompt_of(tokens[i], i)._replace(occurrence=seen[i]))
+            seen[i] += 1
         with unsharded(session.model), session.ranks.raise_on_all_ranks():
             for number, first in enumerate(range(0, len(indices), window)):
                 if number % mesh.shape.data != mesh.data_rank or stop.cancels_sampling():
                     continue
-                chosen = indices[first : first + window]
+                chosen = prompts[first : first + window]
                 sampled = sample(
                     session.model,
-                    [prompt_of(tokens[i], i) for i in chosen],
+                    chosen,
                     decoding,
                     stops=session.data.template.end_ids,
                     answers=answers,

@@ -211,7 +211,7 @@ NOTES: list[tuple[str, dict[str, Any], str, str]] = [
     ("llamafactory pairs", {"dpo_label_smoothing": 0.1, "ref_model": "m/other"}, "dpo_label_smoothing ref_model", ""),
     ("trl rewards", {"scale_rewards": "none", "top_k": 0, "top_p": 1, "num_iterations": 1, "use_vllm": False, "vllm_mode": "server", "epsilon": 0.1, "epsilon_high": 0.3, "delta": 4.0, "entropy_coef": 0.0, "use_bias_correction_kl": True, "max_completion_length": 9},
      "reward_funcs", "top_k top_p num_iterations use_vllm vllm_mode epsilon epsilon_high delta entropy_coef use_bias_correction_kl"),
-    ("trl rewards", {"scale_rewards": True, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "num_iterations": 2, "steps_per_generation": 4, "use_vllm": True, "mask_truncated_completions": True, "beta": 0.1, "sync_ref_model": True, "generation_kwargs": {"no_repeat_ngram_size": 2},
+    ("trl rewards", {"scale_rewards": True, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "num_iterations": 2, "steps_per_generation": 4, "use_vllm": True, "mask_truncated_completions": True, "beta": 0.1, "use_bias_correction_kl": False, "sync_ref_model": True, "generation_kwargs": {"no_repeat_ngram_size": 2},
                      "entropy_coef": 0.1, "importance_sampling_level": "sequence", "top_entropy_quantile": 0.2, "repetition_penalty": 1.1},
      "top_k top_p min_p num_iterations steps_per_generation use_vllm mask_truncated_completions sync_ref_model generation_kwargs.no_repeat_ngram_size entropy_coef importance_sampling_level top_entropy_quantile repetition_penalty use_bias_correction_kl", ""),
     *(("trl rewards", {"loss_type": loss, "scale_rewards": scale}, differing, "")
