@@ -48,9 +48,7 @@ def assert_holds(simple: Simple, tokens: TokenSet) -> Contract:
     return contract
 
 
-def given(
-    simple: Simple, *examples: Given, cut: bool = False, empties: tuple[int, ...] = ()
-) -> TokenSet:
+def given(simple: Simple, *examples: Given, cut: bool = False) -> TokenSet:
     """A token set of hand-made (ids, trained) pairs."""
     store = TokenWriter(None)
     for i, (written, trained) in enumerate(examples):
@@ -59,7 +57,7 @@ def given(
     arrays = store.arrays()
     rows = from_list([{"text": ""}] * max(1, len(examples)), "made")
     counts = TokenCounts("made", len(examples), len(examples), len(arrays.ids), 0, 0, 0, 0, 0, "")
-    return TokenSet([SourceTokens(arrays, counts, rows, empties=empties)])
+    return TokenSet([SourceTokens(arrays, counts, rows)])
 
 
 def assert_broken(
@@ -102,13 +100,6 @@ def test_a_row_that_breaks_a_rule(simple: Simple, rule: str, count: str, rows: l
     error = assert_broken(simple, given(simple, *rows), rule, count)
     if rows[0] == WHOLE:
         assert error.where.endswith("row 2")
-
-
-def test_an_empty_answer_has_its_end_alone(make, simple: Simple) -> None:
-    assert_holds(simple, given(simple, ([70, E], [0, 1]), WHOLE, empties=(0,)))
-    tokens = make(alpaca(9, letters=lambda i: i % 3), seq_len=256)
-    assert tokens.parts[0].empties == (0, 3, 6)
-    assert_holds(simple, tokens)
 
 
 def test_an_end_of_earlier_answers_stands_behind_them(simple: Simple) -> None:

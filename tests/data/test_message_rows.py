@@ -19,7 +19,7 @@ CASES = {case["case"]: case for case in map(json.loads, LINES)}
 @pytest.mark.parametrize("name", CASES)
 def test_messages_are_read_or_refused(name: str) -> None:
     case: dict[str, Any] = CASES[name]
-    source = Source(source="x", format="messages")
+    source = Source(source="x", format=case.get("format", "messages"))
     unread: set[str] = set()
     if "refused" in case:
         where = ", ".join(filter(None, ("row 1", case["refused"])))

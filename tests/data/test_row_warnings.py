@@ -57,15 +57,31 @@ def test_a_prompt_that_answers_repeat_is_told(tiny: Path, tmp_path: Path) -> Non
     assert holds(warned(data, "whole prompt"), "29 of 60", f"{tmp_path}/rows.jsonl:3")
 
 
-def test_empty_answers_and_placeholders_are_told(tiny: Path, tmp_path: Path) -> None:
+def test_placeholders_are_told(tiny: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
-    for i in (7, 9, 40):
-        rows[i]["completion"] = " \n"[: i % 3]
     rows[12]["prompt"] = "Dear {{ customer.name }}, who?"
     for _ in range(2):  # the second time from the cache
         data = prepared(tiny, tmp_path, rows)
-        assert holds(warned(data, '"train": false'), "3 of 60", f"{tmp_path}/rows.jsonl:8")
         assert holds(warned(data, "{{name}}"), "1 of 60", f"{tmp_path}/rows.jsonl:13")
+
+
+def test_empty_answers_are_never_held_out(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(72)]
+    hold_out: dict[str, Any] = {"hold_out": "3 examples"}
+    drawn = prepared(tiny, tmp_path, rows, **hold_out).splits.held_out
+    for i in drawn:
+        rows[i]["completion"] = " \n"[: i % 3]
+    with refuses(DataError, where=f"rows.jsonl:{drawn[0] + 1}"):
+        prepared(tiny, tmp_path, rows, **hold_out)
+    data = prepared(tiny, tmp_path, rows, bad_rows="skip", **hold_out)
+    assert data.validation is not None
+    assert (data.validation.counts.kept_rows, data.train.counts.bad) == (3, 3)
+    # Rows that are too long are known only when they are tokenized.
+    for i in data.splits.held_out[1:]:
+        rows[i]["completion"] *= 60
+    limits: dict[str, Any] = {"seq_len": 128, "too_long": "drop", "bad_rows": "skip"}
+    data = prepared(tiny, tmp_path, rows, **limits, **hold_out)
+    assert holds(warned(data, "data.hold_out="), "1 row", "of 3")
 
 
 def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_path: Path) -> None:
@@ -103,18 +119,6 @@ def test_what_is_told_of_a_row(question: str, answer: str, told: list[str]) -> N
     chat = Conversation([{**U, "content": question}, {**A, "content": answer}])
     for sample in (Completion(question, answer), chat):
         assert list(row_warnings(sample, raw=False)) == told
-
-
-def test_what_counts_as_an_empty_answer() -> None:
-    def empty(*messages: dict[str, Any], **more: Any) -> bool:
-        return list(row_warnings(Conversation(list(messages), **more), raw=False)) == ["empty"]
-
-    blank = {**A, "content": " \n"}
-    assert empty(U, blank)
-    assert empty(U, blank, U, A)
-    assert not empty(U, {**blank, "tool_calls": [{}]})
-    assert not empty(U, {**blank, "reasoning_content": "hm"}, U, A)
-    assert not empty(U, blank, U, A, untrained=frozenset({1}))
 
 
 def test_rows_that_are_there_twice(make: Callable[..., TokenSet]) -> None:

@@ -83,7 +83,7 @@ def line(i: int) -> dict[str, Any]:
     """A conversation; some have flaws, and their lengths differ a hundredfold."""
     turns = [
         {"role": "user", "content": f"say {i} " + "ä" * (i % 97)},
-        {"role": "assistant", "content": "x" * (i % 13)},
+        {"role": "assistant", "content": "{{x}}"[i % 13 % 4 :] * (1 + i % 13)},
     ]
     return {"messages": turns * (1 + i % 3)}
 
@@ -106,7 +106,7 @@ def test_tokens_and_counts_are_those_of_one_process(
     assert [process.poll() is not None for process in made] == [True] * 3
     # The digest of all tokens is among the counts.
     assert [p.counts for p in one.parts] == [p.counts for p in three.parts]
-    assert one.parts[0].counts.flaws["empty"][0] > 40
+    assert one.parts[0].counts.flaws["placeholder"][0] > 40
     assert (one.counts.prompts, one.counts.cut > 0) == (256 + (600 - 256) // 32 + 1, True)
     for a, b in zip(one.parts[0].arrays, three.parts[0].arrays, strict=True):
         assert np.array_equal(a, b)

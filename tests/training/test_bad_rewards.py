@@ -194,7 +194,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any] | str, str | None, list[obje
     # rows
     "no prompt": ({}, {"prompt": None}, "train.jsonl:2", ["prompt"]),
     "no answer": ({}, {"completion": None}, "train.jsonl:2", ["completion"]),
-    "empty answer": ({}, {"completion": ""}, "train.jsonl:2", ["exact"]),
+    "empty answer": ({}, {"completion": ""}, "train.jsonl:2", []),
     "long prompt": ({"method": {"answer_tokens": 60}}, {"prompt": "a" * 70}, "train.jsonl:2", [68]),
     "pictures": ({}, {"images": ["a.png"]}, "train.jsonl:2", ["model.vision"]),
     # scorers

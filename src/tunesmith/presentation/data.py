@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 MAX_LOST_TOKENS_SHARE = 0.01
 # Maximum number of row locations (`file:line`) in a line of text.
 SHOWN_PLACES = 3
+# Fraction of the validation rows that must be usable. If fewer are, a warning is shown.
+MIN_VALIDATION_FRACTION = 0.5
 # Number of bars in the histogram of lengths, and the length of the longest bar in columns.
 _BARS = 16
 _BAR_COLUMNS = 40
@@ -204,9 +206,6 @@ def source_figures(data: TrainingData, split: str, part: SourceTokens) -> Iterat
         yield f"{count_of(counts.cut, 'row')} truncated (data.too_long: {part.too_long})"
     if counts.lost_share:
         yield f"{counts.lost_share:.2%} of the tokens lost"
-    if "empty" in counts.flaws and not data.run.samples_answers:
-        count, _ = counts.flaws["empty"]
-        yield f"{count_of(count, 'row')} with an empty answer"
     yield f"longest {count_of(counts.longest, 'token')}"
     if counts.pictures:
         share = counts.placeholders / (counts.tokens + counts.cut_tokens + counts.dropped_tokens)
@@ -305,7 +304,8 @@ def contract_lines(contracts: Iterable[Contract]) -> list[str]:
 
 def data_warnings(data: TrainingData) -> list[str]:
     """Return warnings about valid but rarely intended data, each with its fix."""
-    texts = [*_few_steps(data), *_contract_warnings(data), *_unread_files(data)]
+    texts = [*_few_steps(data), *_few_validation_rows(data), *_contract_warnings(data)]
+    texts += _unread_files(data)
     texts += [
         f"{split}: {text}"
         for warn in SOURCE_WARNINGS
@@ -338,6 +338,27 @@ def long_warmup(train: Train, steps: int | None) -> Iterator[str]:
     yield (
         f"{what}, so the learning rate still rises when the run ends; fix: set train.warmup='3 %'"
     )
+
+
+def _few_validation_rows(data: TrainingData) -> Iterator[str]:
+    """Yield a warning if the validation split has less than half of the rows that it should have.
+
+    The other rows are bad or too long, or groups of near-duplicates are too large to be held out.
+    """
+    if data.validation is None:
+        return
+    kept = data.validation.counts.kept_rows
+    wanted = data.validation.counts.rows
+    hold_out = data.run.data.hold_out
+    if hold_out is not None:
+        splits = data.splits
+        wanted = hold_out.of(sum(len(rows) for _, rows in (*splits.train, *splits.validation)))
+    if kept < MIN_VALIDATION_FRACTION * wanted:
+        yield (
+            f"val_loss is measured on {count_of(kept, 'row')} in place of {wanted:,}: the others"
+            " are left out as bad or too long, or have too many near-duplicates to be held out;"
+            " fix: correct these rows, or hold out more, such as data.hold_out='10 %'"
+        )
 
 
 def _contract_warnings(data: TrainingData) -> Iterator[str]:
@@ -441,7 +462,7 @@ def _flaws(data: TrainingData, part: SourceTokens) -> Iterator[str]:
         # Skip the warning "joined" if the recipe sets `data.template: raw`, because joining the
         # texts is then intended.
         is_meant = name == "joined" and data.run.data.template != "auto"
-        if not is_meant and not (name == "empty" and data.run.samples_answers):
+        if not is_meant:
             warning = ROW_WARNINGS[name]
             rows = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
             yield f"{rows}, first {part.rows.where(first)}: {warning.why}; fix: {warning.fix}"

@@ -149,7 +149,7 @@ def test_two_ranks_share_the_rows_and_write_what_one_process_writes(
 def test_empty_answers_are_never_exact_and_special_tokens_are_compared(
     run: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows whose own answer is empty are not scored; of the others no empty answer is right."""
+    """Rows whose own answer is empty are refused; no empty answer is right."""
     ids: list[int] = []
 
     def answer_all(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
@@ -159,15 +159,15 @@ def test_empty_answers_are_never_exact_and_special_tokens_are_compared(
     turn = {"role": "user", "content": "Say it"}
     rows: list[dict[str, Any]] = [
         {"messages": [turn, {"role": "assistant", "content": content}]}
-        for content in ("good", "", " ", "e\u0301")
+        for content in ("good", "e\u0301", "", " ")
     ]
-    held = write_rows(tmp_path / "empty.jsonl", rows)
+    held = write_rows(tmp_path / "empty.jsonl", rows[:2])
     found = scored(run, held, answers, "exact", "f1", "contains")
-    assert (found.unanswered, found.by_scorer[0].rows) == (2, 2)
+    assert (found.unanswered, found.by_scorer[0].rows) == (0, 2)
     for of_scorer in found.by_scorer:
         assert of_scorer.scores == {"tuned": [0, 0], "base": [0, 0]}
-    with refuses(UsageError, where="none.jsonl", names=["empty"], fix=["--score"]):
-        scored(run, write_rows(tmp_path / "none.jsonl", rows[1:3]), None, "exact")
+    with refuses(DataError, where="none.jsonl:3, message 2"):
+        scored(run, write_rows(tmp_path / "none.jsonl", rows), None, "exact")
     labels = [{"prompt": "Which?", "completion": label} for label in ("<|pad|>", "<|im_start|>")]
     held = write_rows(tmp_path / "labels.jsonl", labels)
     ids.append(byte_tokenizer().pad_token_id)

@@ -5,7 +5,7 @@ The validation rows come from `data.validation`, or are held out from `data.trai
 needs the rows of a recipe uses this module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from tunesmith.config.schema import Data, RowFault, Source
 from tunesmith.data.compare.near_duplicates import Groups
 from tunesmith.data.compare.row_checks import RowFindings, check_rows, place
+from tunesmith.data.rows.bad_rows import find_bad_rows
 from tunesmith.data.shuffle import shuffled
 from tunesmith.data.source.open_source import Rows, read_rows
 from tunesmith.errors import DataError
@@ -173,7 +174,14 @@ def _split_rows(data: Data, seed: int, opened: OpenedRows, findings: RowFindings
     if data.hold_out_seed is not None:
         seed = data.hold_out_seed
     groups = _inseparable_groups(findings.without(removed), remaining)
-    drawn = draw_held_out(len(remaining), count, seed, groups)
+
+    def is_readable(row: int) -> bool:
+        [(source, rows)] = _take(sources, remaining[[row]])
+        return not find_bad_rows(rows, source, data.system)
+
+    # Rows that data.bad_rows=skip leaves out would be missing in the validation split.
+    skips = data.bad_rows == "skip"
+    drawn = draw_held_out(len(remaining), count, seed, groups, is_readable if skips else None)
     # Sort the indices, because `_take` requires sorted indices.
     held_out = remaining[np.sort(drawn)]
     return Splits(
@@ -200,7 +208,11 @@ def _inseparable_groups(findings: RowFindings, remaining: np.ndarray) -> list[li
 
 
 def draw_held_out(
-    total: int, count: int, seed: int, groups: Sequence[Sequence[int]] = ()
+    total: int,
+    count: int,
+    seed: int,
+    groups: Sequence[Sequence[int]] = (),
+    is_readable: Callable[[int], bool] | None = None,
 ) -> np.ndarray:
     """Draw `count` rows at random to hold out. The rows are numbered from 0 to total - 1.
 
@@ -213,10 +225,13 @@ def draw_held_out(
     If no row can be drawn because all groups are too large, the smallest group is drawn. If this
     group exceeds both limits (MAX_OVERSHOOT and MAX_OVERSHOOT_FRACTION), `count` single rows are
     drawn, and groups are ignored.
+
+    Args:
+        is_readable: whether a row can be held out. None if all rows can.
     """
     order = shuffled(total, seed, 0, _PURPOSE)
     group_of = {row: group for group in groups for row in group}
-    if not group_of:
+    if not group_of and is_readable is None:
         return order[:count]
     held_out: list[int] = []
     for row in map(int, order):
@@ -224,9 +239,10 @@ def draw_held_out(
         missing = count - len(held_out)
         if not missing:
             break
-        if row == group[0] and len(group) <= missing:
+        is_drawn = row == group[0] and len(group) <= missing
+        if is_drawn and (is_readable is None or all(map(is_readable, group))):
             held_out += group
-    if held_out:
+    if held_out or not groups:
         return np.array(held_out, np.int64)
     # No row was drawn, because each row is in a group with more than `count` rows.
     smallest = min(groups, key=len)

@@ -28,6 +28,7 @@ from tunesmith.data.rows.messages import (
     Form,
     any_messages,
     calls_in_text,
+    check_answers,
     check_order,
     has_answer,
     read_messages,
@@ -103,6 +104,9 @@ def convert_row(
             if not is_harmless(column) or _is_held_out(column, value):
                 unread.add(column)
     completed = tuple(_complete(reader, sample, system) for sample in samples)
+    if is_trained and is_answered:
+        for sample in completed:
+            check_answers(reader, sample)
     return RowSamples(completed, is_answered, reader.is_good, grades, is_other)
 
 

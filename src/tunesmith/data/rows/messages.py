@@ -8,6 +8,7 @@ counted and reported to the user.
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -78,6 +79,8 @@ _THOUGHT_CHANNELS = frozenset(("analysis", *THOUGHTS))
 _RECIPIENTS = frozenset(("", "all", "user", "assistant"))
 _CALL_ROLES = frozenset(("call", "recipient"))
 _ANSWER_ROLES = _CALL_ROLES | {"thought"}
+# A thought without text, as tools write it for models that always think.
+_THOUGHT_WITHOUT_TEXT = re.compile(r"<(think|thinking|thought|reasoning)>\s*</\1>")
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
@@ -636,14 +639,39 @@ def check_order(row: RowReader, messages: list[Message]) -> None:
         )
 
 
+def check_answers(row: RowReader, sample: Sample) -> None:
+    """Raise DataError if an answer that the model learns is empty."""
+    at = ""
+    if isinstance(sample, Conversation):
+        empty = [answer for answer in sample.supervised() if not is_said(answer)]
+        if not empty:
+            return
+        numbers = [n for n, message in enumerate(sample.messages, 1) if message is empty[0]]
+        at = f"message {numbers[0]}"
+    elif has_answer(sample):
+        return
+    raise row.error(
+        "an answer is empty",
+        why="the model would learn to give empty answers",
+        fix='write the answer, delete the row, or exclude the turn: "train": false (for'
+        " method=grpo, rows without answers have the format prompt)",
+        at=at,
+    )
+
+
 def has_answer(sample: Sample) -> bool:
     """Return whether the last answer of a sample is not empty. Plain text has no empty answer."""
     if isinstance(sample, Conversation):
         return is_said(sample.messages[-1])
-    return not isinstance(sample, Completion) or bool(sample.completion.strip())
+    if isinstance(sample, Completion):
+        return is_said({"role": "assistant", "content": sample.completion})
+    return True
 
 
 def is_said(message: Message) -> bool:
-    """Return True if an answer has a text, a thought or a call, and False if it is empty."""
+    """Return True if an answer has a text, a thought or a call, and False if it is empty.
+
+    An answer that only consists of an empty thought is empty.
+    """
     says_more = "tool_calls" in message or "reasoning_content" in message
-    return says_more or bool(message["content"].strip())
+    return says_more or bool(_THOUGHT_WITHOUT_TEXT.sub("", message["content"]).strip())

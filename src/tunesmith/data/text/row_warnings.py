@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tunesmith.data.rows.messages import is_said
 from tunesmith.data.rows.samples import Completion, Conversation, Sample, texts_by_role
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
@@ -23,11 +22,6 @@ class RowWarning(NamedTuple):
 
 # Warnings. The key is the name that the token cache and `tunesmith data --json` use.
 ROW_WARNINGS = {
-    "empty": RowWarning(
-        what="an empty answer",
-        why="the model learns to give empty answers",
-        fix='delete these rows, or exclude the turn: "train": false',
-    ),
     "placeholder": RowWarning(
         what="a placeholder such as {{name}}",
         why="the model learns to write it literally",
@@ -176,19 +170,10 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         yield "secret"
     if any(_OPENS_ANSWER.search(text[-_MAX_HEADER_CHARACTERS:]) for text in questions):
         yield "written_turns"
-    if has_empty_answers(sample):
-        yield "empty"
     if any(map(_is_endless, answers)):
         yield "endless_thought"
     if any("{{" in text and _BRACED_NAME.search(text) for text in texts):
         yield "placeholder"
-
-
-def has_empty_answers(sample: Sample) -> bool:
-    """Return whether at least one supervised answer has no text, thought or call."""
-    if isinstance(sample, Conversation):
-        return any(not is_said(answer) for answer in sample.supervised())
-    return isinstance(sample, Completion) and not sample.completion.strip()
 
 
 def _is_endless(answer: str) -> bool:

@@ -95,7 +95,6 @@ class _Chunk(NamedTuple):
         arrays: ids and mask of n examples, with offsets from 0.
         offsets: int64 [s + 1], the edges between the sequences of all examples.
         leaks: bool [n], whether a token of the row's prompt is supervised.
-        empties: bool [n], whether the row has an empty answer.
         has_answers: see `SourceTokens.has_answers`.
     """
 
@@ -103,7 +102,6 @@ class _Chunk(NamedTuple):
     arrays: TokenArrays
     offsets: np.ndarray
     leaks: np.ndarray
-    empties: np.ndarray
     has_answers: bool
 
     @property
@@ -382,7 +380,6 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
                 arrays=arrays,
                 offsets=arrays.sequence_offsets(),
                 leaks=np.isin(indices, source.leaks),
-                empties=np.isin(indices, source.empties),
                 has_answers=source.has_answers,
             )
             first = stop
@@ -447,10 +444,7 @@ def _invalid_pairs(chunk: _Chunk) -> _Faults:
 
 
 def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
-    """Find answers in which only the end token is supervised.
-
-    Answers that are empty in the row are not returned.
-    """
+    """Find answers in which only the end token is supervised."""
     if not chunk.has_answers:
         return _NOTHING_CHECKED
     trained = chunk.arrays.trained
@@ -460,7 +454,7 @@ def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
     # Check only the first token of an answer, because tokens that a template writes after the end
     # token may be supervised, too.
     faults = answer_starts[np.isin(chunk.arrays.ids[answer_starts], end_ids)]
-    return (len(answer_starts), faults[~chunk.empties[chunk.examples_of(faults)]])
+    return (len(answer_starts), faults)
 
 
 def _answers_without_end(

@@ -22,7 +22,7 @@ from tunesmith.data.rows.samples import (
 from tunesmith.data.rows.unread_pictures import find_unread_pictures
 from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example
-from tunesmith.data.text.row_warnings import ROW_WARNINGS, has_empty_answers, row_warnings
+from tunesmith.data.text.row_warnings import ROW_WARNINGS, row_warnings
 from tunesmith.data.text.template import Template, TrainOn, first_turns
 from tunesmith.errors import DataError, TunesmithError
 
@@ -57,8 +57,6 @@ class EncodedRow(NamedTuple):
 
     Attributes:
         warnings: names in ROW_WARNINGS that apply to the row.
-        has_empty_answer: whether an answer of the row is empty. For a pair, the rejected answer
-            counts too.
         unread: names of columns and of message keys that tunesmith does not read.
         grades: see `RowSamples`.
     """
@@ -66,7 +64,6 @@ class EncodedRow(NamedTuple):
     example: Example
     warnings: list[str]
     prompt: Prompt
-    has_empty_answer: bool
     unread: tuple[str, ...] = ()
     grades: tuple[str, ...] = ()
 
@@ -161,9 +158,7 @@ class RowEncoder:
         warnings = [*row_warnings(samples[0], raw=self.template.raw), *row.lost, *example.flaws]
         if row.row.has_other_preference:
             warnings.append("other_preference")
-        # The warnings are about the chosen answer only, so check the rejected answer here.
-        has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
-        return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread, row.row.grades)
+        return EncodedRow(example, warnings, prompt, row.unread, row.row.grades)
 
     def _read(self, values: Row | TunesmithError, place: str) -> "_ReadRow | DataError":
         """Convert a row to samples. Return the error if this is impossible."""

@@ -115,9 +115,8 @@ class SourceTokens:
     Attributes:
         weight: how often each example is used per epoch.
         leaks: indices of examples in which a token of the prompt is supervised.
-        empties: indices of examples with an empty answer.
         has_answers: whether the supervised parts are answers, which end with an end token. False if
-            entire rows are supervised (format text, train_on all).
+            entire rows are supervised (format text, train_on all), or if rows are only prompts.
         too_long: what happens to rows that are longer than seq_len.
         source: the source as it is described in the recipe.
     """
@@ -127,7 +126,6 @@ class SourceTokens:
     rows: Rows
     weight: float = 1.0
     leaks: tuple[int, ...] = ()
-    empties: tuple[int, ...] = ()
     has_answers: bool = True
     too_long: TooLong = "truncate"
     source: Source | None = None
@@ -167,7 +165,6 @@ class SourceTokens:
             arrays=arrays,
             counts=counts,
             leaks=tuple(i for i in self.leaks if i < n),
-            empties=tuple(i for i in self.empties if i < n),
         )
 
 

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 # Version of the cache format. Increase it if a change of the code gives other tokens for the same
 # rows, or if the format of the files changes.
-TOKENS_VERSION = 20
+TOKENS_VERSION = 21
 # Maximum number of rows and of characters in a tokenizer call. The limits save memory, because the
 # call uses about 50 bytes per character.
 _BATCH_ROWS = 256
@@ -133,8 +133,7 @@ def tokenize_sides(
                 rows,
                 weight=source.weight,
                 leaks=tuple(about["reached"]),
-                empties=tuple(about["empties"]),
-                has_answers=data.train_on != "all" and source.format != "text",
+                has_answers=data.train_on != "all" and source.format not in ("text", "prompt"),
                 too_long=too_long_of(source, data),
                 source=source,
             )
@@ -233,7 +232,6 @@ def _tokenize_rows(
     """Tokenize all rows of a source. Return the arrays, and the other values of the cache entry."""
     counts = Counter[str]()
     leaks = []
-    empties = []
     # Field of TokenCounts -> name of a problem, column or token -> number of rows with it, and
     # index of the first of these rows.
     named: dict[str, RowsByName] = {
@@ -257,8 +255,6 @@ def _tokenize_rows(
                 counts["prompts_apart" if row.prompt == "apart" else "prompts"] += 1
             if row.prompt == "supervised":
                 leaks.append(len(writer))
-            if row.has_empty_answer:
-                empties.append(len(writer))
             example = row.example
             row_names = (row.warnings, row.unread, row.grades, sorted(example.control_tokens))
             for rows_by_name, names in zip(named.values(), row_names, strict=True):
@@ -295,7 +291,7 @@ def _tokenize_rows(
         "bad": len(bad),
         "bad_rows": [(row, what) for _, row, what in bad.listed],
     }
-    return arrays, {"counts": about, "reached": leaks, "empties": empties}
+    return arrays, {"counts": about, "reached": leaks}
 
 
 def _add_example(

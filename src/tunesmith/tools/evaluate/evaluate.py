@@ -121,8 +121,6 @@ class Evaluation(Tabular):
         answers: the file of the answers, one line per answer; None if no scorer was used.
         unanswered: number of rows that are not scored because they contain no answer.
         unfinished: for each model the number of answers that were cut off at max_new_tokens.
-        empty: number of rows with an empty answer. For these rows the loss covers only the end
-            token.
         seen: the evaluated rows that also occur in the training data, compared by tokens; None if
             unknown.
         seen_fault: why `seen` is unknown; empty for a base model.
@@ -139,7 +137,6 @@ class Evaluation(Tabular):
     by_scorer: tuple[RowScores, ...] = ()
     answers: Path | None = None
     unanswered: int = 0
-    empty: int = 0
     unfinished: Mapping[str, int] = field(default_factory=dict)
     seen: Repeats | None = None
     seen_fault: str = ""
@@ -178,12 +175,6 @@ class Evaluation(Tabular):
     def warnings(self) -> list[str]:
         """Return warnings about problems of the rows that can make the scores unreliable."""
         warnings = []
-        if self.empty:
-            warnings.append(
-                f"warning: the answer is empty in {self.empty} of {count_of(self.rows, 'row')}, "
-                "and the loss of an empty answer is only the loss of its end token; "
-                "fix: remove the rows with an empty answer"
-            )
         if self.seen is not None and self.seen.count:
             warnings.append(
                 f"warning: the run was trained on {self.seen.count} of "
@@ -483,7 +474,6 @@ def _evaluation(
         counts.dropped + counts.emptied,
         counts.cut,
         by_scorer,
-        empty=sum(part.counts.flaws.get("empty", (0, ""))[0] for part in tokens.parts),
         seen=seen,
         seen_fault=fault,
         row_hash=counts.digest,
