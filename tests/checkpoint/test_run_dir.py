@@ -7,13 +7,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from errors import refuses
-from recipes import make_run
-from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, move_aside
+from recipes import make_run, merge
+from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir
 from tunesmith.errors import UsageError
+from tunesmith.run_dir import LOCK, ROLLOUTS, rollout_files
 from tunesmith.training.run import train
 
 
@@ -26,16 +28,35 @@ def test_what_a_run_may_lie_beside(name: str, tmp_path: Path) -> None:
         assert path.is_file()
 
 
-def test_evals_go_aside_with_the_run_that_they_are_of(tmp_path: Path) -> None:
-    """Else the report of the next run would show scores of another model."""
+@pytest.mark.slow
+def test_all_files_of_a_run_go_aside_with_it(tiny: Path, tmp_path: Path) -> None:
+    """Else the report of the next run would show answers and scores of another model."""
+    (tmp_path / "r.py").write_text("def length(answer, row):\n    return len(answer) / 99\n")
+    changes: dict[str, Any] = {
+        "method": {"name": "grpo", "reward": "r.py:length", "group": 2, "answer_tokens": 4},
+        "train": {"duration": "2 steps", "global_batch": "2 examples", "warmup": "0 steps"},
+        "validate": {"every": "1 steps"},
+        "checkpoint": {"every": "1 steps"},
+        "log": {"tensorboard": True, "samples": 1},
+        "profile": {"enabled": True, "wait": 0, "warmup": 0, "active": 1},
+    }
+    train(make_run(tiny, tmp_path, **changes), quiet=True)
     run = tmp_path / "run"
-    (run / "evals").mkdir(parents=True)
-    (run / "evals" / "held.scores.json").write_text("{}")
-    (run / IDENTITY).write_text('{"recipe_hash": "r"}')
-    place = move_aside(run)
-    assert place is not None
-    assert (place / "evals" / "held.scores.json").is_file()
-    assert not (run / "evals").exists()
+    (run / "evals").mkdir()  # as `eval` does
+    written = {path.name for path in run.iterdir()} - {LOCK}
+    again = {"checkpoint": {"resume": "never"}, "train": {"duration": "1 steps"}}
+    train(make_run(tiny, tmp_path, **merge(changes, again)), quiet=True)
+    assert {path.name for path in (tmp_path / "run.previous-1").iterdir()} == written
+    for folder, steps in (("run", [1]), ("run.previous-1", [1, 2])):
+        assert [*rollout_files(tmp_path / folder / ROLLOUTS)] == steps
+
+
+def test_a_folder_with_files_that_a_run_would_overwrite_is_refused(tmp_path: Path) -> None:
+    own = tmp_path / "run" / ROLLOUTS / "step-1.safetensors"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    with refuses(UsageError, where=str(tmp_path / "run")):
+        check_run_dir(tmp_path / "run")
 
 
 def test_a_folder_that_the_run_reads_and_the_root_folder_are_refused(tmp_path: Path) -> None:

@@ -24,16 +24,20 @@ from tunesmith.run_dir import (
     BEST,
     EVALS,
     FAILURE,
+    FINAL,
     HELD_OUT,
     IDENTITY,
     LOCK,
     LOG,
     METRICS,
+    PROFILE,
     RECIPE,
+    ROLLOUTS,
     RUNNING,
     SAMPLES,
     STOP_FILE,
     STOPPED,
+    TENSORBOARD,
     Fields,
     read_object,
 )
@@ -42,20 +46,23 @@ LAUNCH = "launch"  # folder for the files of `tunesmith launch`
 NAMED_FILES = 5  # maximum number of file names in an error message
 LOCK_CONTENT = b"a run of tunesmith\n"  # content of .lock after a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
-RUN_FILES = (
-    RECIPE,
-    IDENTITY,
-    METRICS,
-    SAMPLES,
-    HELD_OUT,
-    LOG,
-    FAILURE,
-    STOPPED,
-    RUNNING,
+# Files and folders that a run can write before env.json.
+WRITTEN_BEFORE_IDENTITY = (RUNNING, STOPPED, FAILURE, METRICS, LOG, TENSORBOARD, *TRACKER_IDS)
+# All files and folders that a run or `eval` writes into a run directory, except checkpoints and the
+# metrics of other ranks. Every start, --fresh and resume looks only at these names.
+WRITTEN = (
+    *WRITTEN_BEFORE_IDENTITY,
     BEST,
-    *TRACKER_IDS,
+    EVALS,
+    FINAL,
+    HELD_OUT,
+    IDENTITY,
+    PROFILE,
+    RECIPE,
+    ROLLOUTS,
+    SAMPLES,
+    "wandb",
 )
-BEFORE_IDENTITY = (RUNNING, STOPPED, FAILURE, METRICS, LOG, "tensorboard", *TRACKER_IDS)
 _RANK_METRICS = r"metrics-rank\d+\.jsonl"
 
 
@@ -65,14 +72,10 @@ def _any_of(names: Iterable[str]) -> str:
 
 
 _LEFTOVER = re.compile(
-    rf"\.(?:{_any_of(RUN_FILES)})(?:\.\d+)?\.partial"
-    r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)"
+    rf"\.(?:{_any_of(WRITTEN)})(?:\.\d+)?\.partial|\.(?:checkpoint-\d+|{FINAL})\.(?:partial|old)"
 )
-_WRITTEN = re.compile(
-    rf"{_any_of(RUN_FILES)}|final|tensorboard|profile|{EVALS}|checkpoint-\d+|{_RANK_METRICS}"
-    rf"|{_LEFTOVER.pattern}"
-)
-_EARLY = re.compile(rf"{_any_of(BEFORE_IDENTITY)}|{_RANK_METRICS}|{_LEFTOVER.pattern}")
+_RUN_NAME = re.compile(rf"{_any_of(WRITTEN)}|checkpoint-\d+|{_RANK_METRICS}|{_LEFTOVER.pattern}")
+_EARLY = re.compile(rf"{_any_of(WRITTEN_BEFORE_IDENTITY)}|{_RANK_METRICS}|{_LEFTOVER.pattern}")
 
 
 def run_files(output_dir: Path) -> list[Path]:
@@ -82,7 +85,7 @@ def run_files(output_dir: Path) -> list[Path]:
     """
     if not output_dir.is_dir():
         return []
-    return sorted(path for path in output_dir.iterdir() if _WRITTEN.fullmatch(path.name))
+    return sorted(path for path in output_dir.iterdir() if _RUN_NAME.fullmatch(path.name))
 
 
 def is_run(output_dir: Path) -> bool:

@@ -16,7 +16,9 @@ from tunesmith.run_dir import (
     IDENTITY,
     LOG,
     METRICS,
+    PROFILE,
     RECIPE,
+    TENSORBOARD,
     Manifest,
     describe_weights,
     read_manifest,
@@ -71,11 +73,11 @@ _FILE_NOTES = (
     (FINAL, "the weights {weights}"),
     (METRICS, "one record per step"),
     (HELD_OUT, "the held-out rows: file, line and first words of each"),
-    ("tensorboard", "tensorboard --logdir {path}"),
+    (TENSORBOARD, "tensorboard --logdir {path}"),
     (LOG, "this output"),
     (RECIPE, "the resolved recipe"),
     (IDENTITY, "versions and hardware"),
-    ("profile", "traces for ui.perfetto.dev"),
+    (PROFILE, "traces for ui.perfetto.dev"),
 )
 
 

@@ -223,8 +223,10 @@ class Rollouts(AbstractContextManager["Rollouts"]):
                 ]
                 path = Path(run.output_dir) / ROLLOUTS / f"step-{step + 1}.safetensors"
                 write_rollouts(path, groups, texts)
-                for old in list(rollout_files(path.parent).values())[:-KEPT_FILES]:
-                    old.unlink(missing_ok=True)
+                for number, old in rollout_files(path.parent).items():
+                    # Files of later steps are from before the run was resumed.
+                    if not step + 1 - KEPT_FILES < number <= step + 1:
+                        old.unlink(missing_ok=True)
         return self._make_batch(step, prompts, groups, time.perf_counter() - began)
 
     def _make_batch(

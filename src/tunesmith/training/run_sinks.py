@@ -25,6 +25,7 @@ from tunesmith.run_dir import (
     METRICS,
     SAMPLES,
     STOPPED,
+    TENSORBOARD,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
     sinks = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
     if writes_tensorboard(run):
         shared_folder = run.log.tensorboard_dir
-        events = Path(shared_folder or folder / "tensorboard")
+        events = Path(shared_folder or folder / TENSORBOARD)
         sinks.append(TensorBoardSink(events, shared=shared_folder is not None))
     log_text = partial(terminal.text, "tracker")
     for name in trackers_of(run):

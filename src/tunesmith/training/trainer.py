@@ -28,7 +28,7 @@ from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import all_reduce_together
 from tunesmith.parallel.shard import set_gradient_sync, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
-from tunesmith.run_dir import Phase
+from tunesmith.run_dir import PROFILE, Phase
 from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import Mark
 from tunesmith.training.answer_sampler import AnswerSampler
@@ -125,7 +125,7 @@ class Trainer(LoopPart):
         # weights for each token, which is too slow.
         if self.first_step == 0 and not self.answers.is_sharded:
             self.answers.sample()
-        folder = self.out / "profile"
+        folder = self.out / PROFILE
         device = self.session.device
         profiler = Profiler(self.run.profile, folder, rank=self.ranks.rank, device=device)
         with profiler, self.batches() as batches:
