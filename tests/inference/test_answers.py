@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.inference.sampler import Prompt
 from tunesmith.methods.base import evaluating
 from tunesmith.stages.request import Request
-from tunesmith.training.answer_sampler import SAMPLE_TOKENS, Deadline, sample_answers
+from tunesmith.training.answer_sampler import SAMPLE_TOKENS, sample_answers
 from tunesmith.training.build import build
 
 TEXTS = ["a", "hello there", "Count to 7", "x" * 40, "end", "b?", "1 2 3", "zz", "q", "long " * 9]
@@ -177,19 +176,6 @@ def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_
     tokenizer = session.files.tokenizer
     alone = [sample_answers(session.model, tokenizer, [one], [])[0] for one in examples]
     assert together == alone
-
-
-def test_answers_end_with_the_first_token_after_their_deadline(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The first token comes after 2 s, and each further token after 0.1 s."""
-    times = iter([10.0, *(12.0 + 0.1 * i for i in range(64))])
-    monkeypatch.setattr(time, "monotonic", lambda: next(times))
-    generated: list[int] = []
-    deadline = Deadline(3.45, lambda: generated.append(1))
-    ends = [deadline.after_token() for _ in range(16)]
-    assert ends == [False] * 15 + [True]
-    assert deadline.tokens == len(generated) == 16
 
 
 @pytest.mark.parametrize(

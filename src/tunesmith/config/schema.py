@@ -537,9 +537,8 @@ class Log:
     )
     sample_seconds: Positive = key(
         20.0,
-        "maximum seconds for the sample answers before the first step, and again for those of the"
-        " final weights, or 1 % of the run's time if this is more; validations use the remaining"
-        " time",
+        "maximum seconds for all sample answers so far, or 5 % of the training time if more;"
+        " one prompt is answered before the first step and by the final weights in any case",
     )
 
 

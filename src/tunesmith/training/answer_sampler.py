@@ -1,6 +1,5 @@
 """Generation of answers to held-out prompts during training, with a time limit."""
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -17,14 +16,12 @@ from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import NO_FINAL_ANSWERS, Phase, read_samples
 from tunesmith.training.loop_part import LoopPart, LoopShared
-from tunesmith.units import count_of
+from tunesmith.units import format_seconds
 
-# Maximum fraction of the training time for sampling. The limit is this fraction of the training
-# time or `log.sample_seconds`, whichever is longer. The answers of the final weights may take the
-# entire limit. For other answers, the time of all earlier answers is subtracted from the limit.
-MAX_SAMPLING_SHARE = 0.01
+# Maximum fraction of the training time for sample answers, unless `log.sample_seconds` is longer.
+# The answer to one prompt before the first step, and by the final weights, is always complete.
+MAX_SAMPLING_SHARE = 0.05
 SAMPLE_TOKENS = 64  # maximum tokens of a sample answer during training
-MIN_SAMPLE_TOKENS = 16  # answers that the time limit cuts off at fewer tokens are not shown
 
 
 class AnswerSampler(LoopPart):
@@ -38,6 +35,7 @@ class AnswerSampler(LoopPart):
         self.is_sharded = bool(sharded_modules(session.model))
         self.references = self._read_references()
         self.seconds = 0.0  # seconds of sampling since the run was started or resumed
+        self.answer_seconds = 0.0  # seconds of the newest answer to a single prompt
         self.has_warned = False
 
     def _read_references(self) -> list[str]:
@@ -60,44 +58,48 @@ class AnswerSampler(LoopPart):
             references.append(answer)
         return references
 
-    def sample(self) -> None:
+    def sample(self, *, is_first: bool = False) -> None:
         """Sample answers and send them to the sinks (terminal, files, trackers), if the time limit
         allows it.
 
         For a sharded model, this is a collective call.
+
+        Args:
+            is_first: whether this is the time before the first step. One prompt is then always
+                answered.
         """
-        self._sample(self.progress.step, self.allowed_seconds())
+        self._sample(self.progress.step, int(is_first))
 
     def sample_final(self, step: int) -> None:
         """Sample answers of the final weights. Do nothing if answers of this step were already
         sampled.
 
         For a sharded model, this is a collective call. If there are no answers, the reason is
-        logged. If the run also sampled answers before training, there is no time limit, so that the
-        user can compare the answers of both times.
+        logged. Without a time limit, one prompt is answered, and all prompts that were answered
+        before training, so that the user can compare the answers.
 
         Args:
             step: the step of the final weights.
         """
-        sampled = set()
+        steps: list[int] = []
         if self.ranks.is_main_process:
-            samples = read_samples(self.out).value
-            sampled = {row["step"] for row in samples}
+            steps = [row["step"] for row in read_samples(self.out).value]
         if self.is_sharded:
-            sampled = self.ranks.broadcast_object(sampled)
-        if step not in sampled:
-            allowed = math.inf if 0 in sampled else self.allowed_seconds(is_final=True)
-            reason = self._sample(step, allowed)
+            steps = self.ranks.broadcast_object(steps)
+        if step not in steps:
+            reason = self._sample(step, max(1, steps.count(0)))
             if reason:
                 self.sinks.text("samples", f"{NO_FINAL_ANSWERS}{reason}")
 
-    def _sample(self, step: int, allowed: float) -> str:
+    def _sample(self, step: int, required: int) -> str:
         """Sample answers and send them to the sinks. Return "", or the reason if there are no
         answers.
+
+        Args:
+            required: number of prompts that are answered without a time limit.
         """
         session = self.session
-        heartbeat = self.ranks.heartbeat
-        heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
+        self.ranks.heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
         count = self.run.log.samples
         if count == 0:
             return ""
@@ -106,73 +108,72 @@ class AnswerSampler(LoopPart):
         if session.mesh.shape.tensor > 1:
             return "tensor parallelism does not support sample answers"
         # If the model is not sharded, only rank 0 generates answers. If it is sharded, every rank
-        # takes part, because the weights are gathered from all ranks.
+        # takes part, because the weights are gathered from all ranks. Only rank 0 sends its answers
+        # to the sinks.
         if not (self.ranks.is_main_process or self.is_sharded):
             return ""
-        # If ranks generate together, the answers continue until all ranks have reached their
-        # deadline. Only rank 0 sends its answers to the sinks.
-        clock = Deadline(allowed, heartbeat.progress)
-        held_out = session.data.validation.first(count)
+        limit = max(self.run.log.sample_seconds, MAX_SAMPLING_SHARE * self.progress.seconds)
+        left = limit - self.seconds
+        if not (required or self._agrees(self.answer_seconds <= left)):
+            self._warn_once(limit)
+            return ""
+        # The first answer shows how long the others may take.
+        answers = self._answer(0, 1)
+        if count > 1:
+            if required > 1 or self._agrees(count * self.answer_seconds <= left):
+                answers += self._answer(1, count)
+            else:
+                self._warn_once(limit)
+        if self.stop.cancels_validation():
+            return "a stop was requested"
+        self.sinks.samples(step, answers)
+        return "" if answers else "the held-out rows have no prompt"
+
+    def _agrees(self, decision: bool) -> bool:
+        """Return the decision of rank 0 if all ranks generate together, because their clocks
+        differ.
+        """
+        return self.ranks.broadcast_object(decision) if self.is_sharded else decision
+
+    def _answer(self, start: int, stop: int) -> list[SampleAnswer]:
+        """Answer a range of the held-out prompts in one batch, and measure the time."""
+        session = self.session
+        assert session.data.validation is not None
+        held_out = session.data.validation.first(stop)
+
+        def cancelled() -> bool:
+            self.ranks.heartbeat.progress()
+            return self.stop.cancels_validation()
+
+        began = time.monotonic()
         answers = sample_answers(
             session.model,
             session.files.tokenizer,
-            held_out,
+            [held_out[i] for i in range(start, len(held_out))],
             session.data.template.end_ids,
-            places=[held_out.where(i) for i in range(len(held_out))],
-            references=self.references,
+            places=[held_out.where(i) for i in range(start, len(held_out))],
+            references=self.references[start:],
             synced=self.is_sharded,
-            cancelled=clock.after_token,
+            cancelled=cancelled,
         )
-        self.seconds += clock.elapsed
-        if clock.tokens >= MIN_SAMPLE_TOKENS or clock.elapsed <= allowed:
-            self.sinks.samples(step, answers)
-            return "" if answers else "the held-out rows have no prompt"
-        reason = (
-            f"{count_of(clock.tokens, 'token')} took {clock.elapsed:.0f} s, and log.sample_seconds "
-            f"allows {clock.allowed:.0f} s"
-        )
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        if start == 0:
+            self.answer_seconds = seconds
+        return answers
+
+    def _warn_once(self, limit: float) -> None:
+        """Say once that answers are omitted, and why."""
+        seconds = self.answer_seconds
         if not self.has_warned:
             self.has_warned = True
             self.sinks.text(
                 "samples",
-                f"no sample answers at step {step}: {reason}; to turn sample answers off, set "
-                "log.samples=0",
+                f"some sample answers are omitted, because one takes {format_seconds(seconds)} and "
+                f"all together may take {format_seconds(limit)} so far: log.sample_seconds, or "
+                f"{MAX_SAMPLING_SHARE:.0%} of the training time if this is longer; one prompt is "
+                "answered before the first step and by the final weights in any case",
             )
-        return reason
-
-    def allowed_seconds(self, *, is_final: bool = False) -> float:
-        """Return the seconds that the next answers may take."""
-        allowed = max(self.run.log.sample_seconds, MAX_SAMPLING_SHARE * self.progress.seconds)
-        if is_final:
-            return allowed
-        return max(0.0, allowed - self.seconds)
-
-
-class Deadline:
-    """Time limit for sample answers, which ends them at a token.
-
-    Attributes:
-        allowed: maximum number of seconds.
-        tokens: number of tokens that were generated so far.
-    """
-
-    def __init__(self, allowed: float, generated: Callable[[], object]) -> None:
-        """Start the clock. The function `generated` is called after each token."""
-        self.allowed = allowed
-        self.generated = generated
-        self.tokens = 0
-        self.began = time.monotonic()
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the clock was started."""
-        return time.monotonic() - self.began
-
-    def after_token(self) -> bool:
-        """Record a token, and return whether the answers must end now."""
-        self.generated()
-        self.tokens += 1
-        return self.elapsed > self.allowed
 
 
 def sample_answers(

@@ -124,7 +124,7 @@ class Trainer(LoopPart):
         # Do not sample answers before training if the model is sharded, because it would gather all
         # weights for each token, which is too slow.
         if self.first_step == 0 and not self.answers.is_sharded:
-            self.answers.sample()
+            self.answers.sample(is_first=True)
         folder = self.out / PROFILE
         device = self.session.device
         profiler = Profiler(self.run.profile, folder, rank=self.ranks.rank, device=device)
