@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from errors import holds, refuses
+from errors import check_error, holds, refuses
 from tunesmith.cli.options import column_names
 from tunesmith.config.check import FORMAT_COLUMNS
 from tunesmith.config.row_settings import rows_set_by
@@ -20,6 +21,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import Detected, detect
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.labels import read_label
+from tunesmith.data.rows.samples import texts_by_role
 from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.errors import DataError
 
@@ -199,7 +201,7 @@ def test_a_prompt_beside_its_answer_is_no_chat() -> None:
 def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
     """Names with a comma, a colon or a quote."""
     with refuses(DataError) as refused:
-        sample_of({"it's, a: name": "x", "b": "y"}, "prompt-completion")
+        sample_of({"it's, a: name": "some text", "b": "more text"}, "prompt-completion")
     words = shlex.split(refused.value.fix.removeprefix("use ").partition(", or ")[0])
     assert words[0] == "--columns"
     assert column_names(words[1]) == [("prompt", "it's, a: name"), ("completion", "b")]
@@ -357,3 +359,30 @@ def test_json_text_of_json_text_of_a_chat_is_read() -> None:
     row = {"conversations": json.dumps(json.dumps(TURNS)), "text": "x"}
     layout = found(row)
     assert sample_of(row, layout.format, **layout.columns).messages == TURNS
+
+
+# --- files with columns of other tools
+
+CASES = yaml.safe_load(Path(__file__).with_name("column_cases.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_columns_are_read_or_the_fix_says_how(case: Row, write: Any) -> None:
+    path = Path(write(case["file"], case["text"]))
+    form = case.get("format")
+    source = Source(source=str(path), columns=case.get("columns", {}), format=form or "messages")
+    read = {}
+    with pytest.raises(DataError) if "error" in case else nullcontext() as refused:
+        rows = read_rows(source)
+        layout = detect(rows, source, any_format=form is None)
+        source = replace(source, format=layout.format, columns=layout.columns)
+        for i in range(len(rows)):
+            [sample] = convert_row(rows[i], source, where=rows.where(i)).samples
+            turns = [f"{role}: {text}" for role, text in texts_by_role(sample)]
+            read[rows.where(i).removeprefix(f"{path.parent}/")] = turns
+    if refused is None:
+        assert read == case["rows"]
+    else:
+        error = refused.value
+        check_error(error, where=case.get("where"), names=case["error"], fix=case["fix"])
+        assert not any(word in error.fix for word in case.get("never", ()))

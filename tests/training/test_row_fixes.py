@@ -68,7 +68,7 @@ ORIGINS: dict[str, tuple[Callable[[Path, Settings], None], str]] = {
 def test_a_fix_can_be_copied_where_the_rows_are_given(origin, tmp_path):
     read, fix = ORIGINS[origin]
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"q": "Why?", "b": "So."}\n' * 20)
+    rows.write_text('{"q": "Why?", "b": "So it is."}\n' * 20)
     mistyped = {**FORMAT, "columns": {"prompt": "p", "completion": "c"}}
     with refuses(DataError, names=["p"]) as refused:
         read(rows, mistyped)

@@ -213,3 +213,34 @@ FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
 # Optional columns. They are found under any of their possible names, even if the recipe's `columns`
 # does not list them.
 READ_BY_ANY_NAME = ("system", "tools", "images")
+
+# Role of a turn in the data -> role of the message. `call` means that the turn is a message of the
+# assistant, and its entire content is a tool call. `_role_by_channel` of data/rows/messages.py has
+# two more roles of this kind: `thought` and `recipient`.
+CHAT_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    # Words of chat databases and of support desks.
+    **dict.fromkeys(("customer", "client", "visitor", "caller", "end-user"), "user"),
+    **dict.fromkeys(("agent", "operator", "support", "advisor", "admin"), "assistant"),
+    "function_call": "call",
+    "tool_call": "call",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+    "function_call_output": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+    "ipython": "tool",
+}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tunesmith.data.rows.messages import CHAT_ROLES
+from tunesmith.config.row_formats import CHAT_ROLES
 
 # Role names that chat templates write. Only these are recognized, because other names would also
 # match words in a message.

@@ -11,16 +11,16 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import (
+    CHAT_ROLES,
     READ_BY_ANY_NAME,
     ROW_FORMATS,
     ChatColumn,
     ColumnSet,
     FormatName,
-    Names,
 )
 from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
@@ -69,6 +69,24 @@ _CLASS_NAMES = frozenset(
 _NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
     name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
 }
+# Usual names of questions and of answers. An error never proposes one as the other, or as text.
+_QUESTIONS = (*ROW_FORMATS["alpaca"].names("instruction"), *ROW_FORMATS["alpaca"].names("input"))
+_ANSWERS = ("chosen", "rejected", *ROW_FORMATS["alpaca"].names("output"))
+# Names of the column that says who speaks, if each row is one message. Columns with the names in
+# the last group can also be metadata.
+SPEAKER = re.compile(r"(\w+_)?(?:role|speaker|sender|from|who|participant|(author|type))(_\w+)?")
+# Names of the column with the text, if each row is one message.
+MESSAGE_TEXT = re.compile(r"content|value|(message_|msg_)?(text|body)|message|msg|utterance")
+# Two words, or a text in a script that has no spaces between words.
+_WORDS = re.compile(
+    r"[^\W\d_]{2,}[\W\d_]*\s[\W\d_]*[^\W\d_]{2,}|[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]{6,}"
+)
+# JSON, the path or the address of a file, or the name of a person.
+_NO_WORDS = re.compile(
+    r"\s*[\[{]|(?:\w*:|~|\.+)?[/\\]|[^.\n]*\.\w{2,5}$|(?:[A-ZÀ-ÞА-Я][\w'’.-]*\s?){2,4}$"
+)
+# Number of characters in which `holds_text` searches for words.
+_MAX_WORDS_CHARS = 500
 
 
 def is_harmless(column: str) -> bool:
@@ -97,6 +115,18 @@ def plain(name: object) -> str:
 def is_absent(value: object) -> bool:
     """Return whether a value is null, an empty text, an empty list or an empty object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def role_of(speaker: object) -> str:
+    """Return the role of a message from the data's word for the speaker, or "" if it is unknown."""
+    return CHAT_ROLES.get(str(speaker).strip().lower(), "")
+
+
+def holds_text(value: object) -> bool:
+    """Return whether a value is a text of several words, from which a model can learn."""
+    if not isinstance(value, str) or _NO_WORDS.match(value):
+        return False
+    return _WORDS.search(value, 0, _MAX_WORDS_CHARS) is not None
 
 
 def from_lists(value: object) -> object:
@@ -141,14 +171,14 @@ def looks_like_list(value: object) -> bool:
 def is_named_rejected(column: str) -> bool:
     """Return whether a column's name suggests that it holds the rejected answers of pairs."""
     name = plain(column)
-    return "rejected" in name.split("_") or bool(_similar("rejected", (name,)))
+    return "rejected" in name.split("_") or _similarity("rejected", name) > _MIN_SIMILARITY
 
 
 # Cache the results, because all rows have the same column names.
-@lru_cache(maxsize=128)
-def _similar(word: str, names: tuple[str, ...]) -> list[str]:
-    """Return the normalized column names that are similar to a word, the most similar first."""
-    return difflib.get_close_matches(plain(word), names, cutoff=_MIN_SIMILARITY)
+@lru_cache(maxsize=1 << 10)
+def _similarity(word: str, name: str) -> float:
+    """Return the similarity of two normalized names, from 0 to 1."""
+    return difflib.SequenceMatcher(None, name, word).ratio()
 
 
 class RowColumns:
@@ -306,75 +336,98 @@ class RowColumns:
         tried in this order: columns with a name similar to the name that the user has chosen, with
         a usual name, and with a name similar to the format's name, and last columns with texts.
         """
+        needed, optional = column_set
         guessed: dict[str, str] = {}
 
         def take(name: str, columns: Iterable[str]) -> None:
-            free = self.values.keys() - set(guessed.values())
-            candidates = [column for column in columns if column in free]
-            if candidates and name not in guessed:
-                guessed[name] = candidates[0]
+            free = [own for own in columns if own in self.values and own not in guessed.values()]
+            for column in free[:1]:
+                guessed.setdefault(name, column)
 
-        needed, optional = column_set
+        def columns_with_texts(name: str) -> Iterable[str]:
+            # A wrong guess of a chat or of a chosen answer would train on the wrong texts.
+            lacks_chosen = "chosen" in needed.keys() - guessed.keys()
+            return () if lacks_chosen or isinstance(needed[name], ChatColumn) else self.values
+
         for name, column in source.columns.items():
             take(name, [column])
-        for name, usual_names in needed.items():
-            if name in source.columns:
-                take(name, self._similar_columns(source.columns[name], usual_names))
-        for name, usual_names in needed.items():
-            take(name, [name, *self._usual_columns(source.format, usual_names)])
-        for name, usual_names in needed.items():
-            take(name, self._similar_columns(name, usual_names))
-        for name, usual_names in needed.items():
-            # A wrong guess of a chat or of a chosen answer would train on the wrong texts.
-            lacks_chosen = "chosen" in needed and "chosen" not in guessed
-            if not lacks_chosen and not isinstance(usual_names, ChatColumn):
-                take(name, self._columns_with_values(name, optional))
+        for candidates in (
+            lambda name: self._similar_columns(source.columns.get(name, "")),
+            lambda name: [name, *self._usual_columns(source.format, needed[name])],
+            self._similar_columns,
+            columns_with_texts,
+        ):
+            for name, usual_names in needed.items():
+                can_be = partial(self._can_be, name, usual_names)
+                take(name, filter(can_be, candidates(name)))
         for name, usual_names in optional.items():
             # A column with the format's own name is read even if it is not named.
             if name not in READ_BY_ANY_NAME and name not in self.values:
                 take(name, self._usual_columns(source.format, usual_names))
         return guessed
 
-    def _similar_columns(self, word: str, usual_names: tuple[str, ...]) -> list[str]:
+    def _similar_columns(self, word: str) -> list[str]:
         """Return the columns whose names are similar to a word, the most similar first.
 
-        `usual_names` are the usual names of the format's column in files.
+        They have a word in common with it, or nearly the same letters.
         """
-        columns = {
-            plain(column): column
-            for column, values in self.values.items()
-            if not isinstance(usual_names, ChatColumn) or any(map(looks_like_list, values))
-        }
-        names = _similar(word, tuple(columns))
-        if word in ("chosen", "rejected"):
-            names = [*names, *(name for name in columns if word in name.split("_"))]
-        return [columns[name] for name in names]
+        words = set(plain(word).split("_"))
+        found = []
+        for column in self.values:
+            name = plain(column)
+            shared = len(words.intersection(name.split("_")))
+            similarity = _similarity(plain(word), name)
+            if shared or similarity > _MIN_SIMILARITY:
+                found.append((shared, similarity, column))
+        return [column for _, _, column in sorted(found, reverse=True)]
 
-    def _columns_with_values(self, name: str, optional: Names) -> list[str]:
-        """Return the columns whose values can be the format's column `name`, whatever their names.
+    def _can_be(self, name: str, usual_names: tuple[str, ...], column: str) -> bool:
+        """Return whether an error can propose a column as the format's column `name`.
 
-        They are columns with texts, or with true and false for a label.
+        Ids, numbers, paths, single words and names of people are not proposed as texts.
         """
-        columns = []
+        own = plain(column)
+        values = self.values.get(column, [])
+        if own == name or own in usual_names:
+            return True
+        if isinstance(usual_names, ChatColumn):
+            return any(map(looks_like_list, values))
+        if own in _QUESTIONS or own in _ANSWERS:
+            return name in (_QUESTIONS if own in _QUESTIONS else _ANSWERS)
+        if name == "label":
+            return all(isinstance(value, bool) for value in values)
+        if own in _NO_TEXTS or is_named_rejected(column) != (name == "rejected"):
+            return False
+        texts = [value for value in values if holds_text(value) or role_key_of(value)]
+        return 2 * len(texts) > len(values)
+
+    @property
+    def speaker(self) -> str:
+        """The column that says who speaks, if each row is one message, or ""."""
+        texts = []
         for column, values in self.values.items():
-            given = [value for value in values if value is not None]
-            is_fitting = all(isinstance(value, bool if name == "label" else str) for value in given)
-            # The value of a single row can be missing.
-            has_values = bool(given) or len(values) == 1
-            is_metadata = plain(column) in _NO_TEXTS or is_named_rejected(column)
-            if is_fitting and has_values and not is_metadata and column not in optional:
-                columns.append(column)
-        # Prefer a column that is not an optional column of the format, such as `context`.
-        usual = set(itertools.chain.from_iterable(optional.values()))
-        return sorted(columns, key=lambda column: plain(column) in usual)
+            if not is_harmless(column) and any(map(holds_text, values)):
+                texts.append(plain(column))
+        # Several texts are rather a question and its answer.
+        if len(texts) > 1 and not any(map(MESSAGE_TEXT.fullmatch, texts)):
+            return ""
+        for column, values in self.values.items():
+            match = SPEAKER.fullmatch(plain(column))
+            given = [value for value in values if not is_absent(value)]
+            if match and given and (not match[2] or all(map(role_of, given))):
+                return column
+        return ""
 
-    def class_of_text(self, layout: Source) -> str:
-        """Return the column with the class of the text that the layout reads, or ""."""
-        for column in self.values if layout.format == "text" else ():
+    def beside_text(self, layout: Source) -> str:
+        """Return a column that the format text would ignore although it is not metadata, or ""."""
+        for column, values in self.values.items() if layout.format == "text" else ():
             name = plain(column)
             # Compare also the last word of the name, for example `label` in `coarse_label`.
             is_class = not _CLASS_NAMES.isdisjoint((name, name.rpartition("_")[2]))
-            if is_class and column != layout.columns["text"]:
+            is_question = name in _QUESTIONS or name in _ANSWERS
+            has_texts = not is_harmless(column) and any(map(holds_text, values))
+            is_needed = is_class or is_question or has_texts or column == self.speaker
+            if is_needed and column != layout.columns["text"]:
                 return column
         return ""
 
@@ -390,6 +443,13 @@ def propose_fix(
         otherwise: another way to fix the error. It is mentioned first if the source's format cannot
             be used.
     """
+    if columns.speaker and source.format in ("messages", "sharegpt") and not source.columns:
+        return (
+            'write one row per conversation: {"messages": [{"role": "user", "content": "..."},'
+            " ...]}; or one message per row with the columns conversation_id, role and content,"
+            " where role is user, assistant, system or tool, and all rows of a conversation have"
+            " the same conversation_id"
+        )
     # Prefer a layout whose columns are all known. Stop at the first one, because this function is
     # called for each bad row.
     layout = None
@@ -405,17 +465,20 @@ def propose_fix(
     if not is_other and layout.columns == current:
         return otherwise
     if guessed == {UNKNOWN}:
-        return otherwise or "add columns with texts, such as prompt and completion"
+        fix = f"{columns.header}add columns with texts, such as prompt and completion"
+        return otherwise or fix
     fix = _settings(source, layout, any_format)
-    class_column = columns.class_of_text(layout) if is_other else ""
+    other = columns.beside_text(layout) if is_other else ""
     if UNKNOWN in guessed:
         fix = f"name the columns with {fix}"
-    elif class_column:
-        pair = {"prompt": layout.columns["text"], "completion": class_column}
+    elif other:
+        texts = [layout.columns["text"], other]
+        texts.sort(key=lambda column: plain(column) not in _QUESTIONS)
+        pair = {"prompt": texts[0], "completion": texts[1]}
         as_answer = replace(source, format="prompt-completion", columns=pair)
         fix = (
-            f"use {_settings(source, as_answer, any_format)} to train on the class, written as a"
-            f" text, as the answer, or {fix} to train on the text only"
+            f"use {_settings(source, as_answer, any_format)} to train on {pair['completion']} as"
+            f" the answer, or {fix} to train on {layout.columns['text']} only"
         )
     else:
         fix = f"{columns.header}use {fix}"

@@ -118,7 +118,6 @@ def detect(
     layouts = columns.layouts(source, any_format=any_format, is_trained=is_trained)
     if is_trained and any_format and not source.columns:
         examined.check_rejected_is_read(layouts)
-        examined.check_class_is_read(layouts)
     # Read the sampled rows with each layout. This uses the same function as training, so the same
     # rows are readable.
     trials = [examined.try_layout(layout, is_trained=is_trained) for layout in layouts]
@@ -128,6 +127,8 @@ def detect(
     readable = _most_specific([trial for trial in trials if trial.read])
     if len(readable) == 1:
         [trial] = readable
+        if any_format and not source.columns:
+            examined.check_text_is_alone(trial.layout)
         reads_all = is_whole and trial.read == sample.keys()
         if not reads_all and not skips_bad_rows:
             raise examined.unreadable_rows(trial)
@@ -145,7 +146,7 @@ def detect(
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
         what = f"no row format can read the columns {', '.join(pairs)}"
-    raise examined.error(what, propose_fix(columns, source, any_format=any_format))
+    raise examined.unclear(what, any_format=any_format)
 
 
 def sample_rows(rows: Rows) -> tuple[dict[int, Row], bool]:
@@ -219,14 +220,20 @@ class _SampledRows:
             fix += f"; to train on the other columns only, use {ways}"
         raise self.error(f"the column {rejected} looks like the rejected answer of a pair", fix)
 
-    def check_class_is_read(self, layouts: list[Source]) -> None:
-        """Raise DataError if a column holds class labels, but only the text column is read."""
-        column = self.columns.class_of_text(layouts[0]) if layouts else ""
+    def check_text_is_alone(self, layout: Source) -> None:
+        """Raise DataError if only a text is read, but another column is more than metadata."""
+        column = self.columns.beside_text(layout)
         if column:
-            raise self.error(
-                f"the column {column} looks like the class of the text, but would not be read",
-                propose_fix(self.columns, self.source, any_format=True),
-            )
+            raise self.unclear(f"the column {column} is no metadata, but would not be read")
+
+    def unclear(self, what: str, *, any_format: bool = True) -> DataError:
+        """Build the error for rows of which it is not known what to train on."""
+        speaker = "" if self.source.columns else self.columns.speaker
+        if speaker:
+            said = dict.fromkeys(map(str, self.columns.values[speaker]))
+            what = f"one message per row: the column {speaker} says who speaks"
+            what += f" ({', '.join([*said][:3]):.60})"
+        return self.error(what, propose_fix(self.columns, self.source, any_format=any_format))
 
     def unreadable_rows(self, trial: _Trial) -> DataError:
         """Build the error that lists all rows that the layout cannot read.

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tunesmith.config.row_formats import CHAT_ROLES
 from tunesmith.data.rows.columns import from_lists, is_absent, plain
 from tunesmith.data.rows.labels import bad_labels
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
@@ -31,33 +32,6 @@ from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type
 from tunesmith.errors import DataError
 
-# Role of a turn in the data -> role of the message. `call` means that the turn is a message of the
-# assistant, and its entire content is a tool call. `_role_by_channel` has two more roles of this
-# kind: `thought` and `recipient`.
-CHAT_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "call",
-    "tool_call": "call",
-    "observation": "tool",
-    "tool": "tool",
-    "function_response": "tool",
-    "function_call_output": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-    "ipython": "tool",
-}
 # Keys that contain the reasoning of an answer. Inference servers, gpt-oss, Ollama and data sets use
 # different names.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")

@@ -18,8 +18,10 @@ from pathlib import Path
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.config.paths import TEXT_SUFFIXES
+from tunesmith.data.rows.columns import role_key_of
 from tunesmith.data.source.arrow_nulls import without_arrow_nulls
 from tunesmith.data.source.csv_files import read_csv
+from tunesmith.data.source.message_rows import find_conversation_column
 from tunesmith.data.source.sessions import read_sessions, session_form
 from tunesmith.data.source.table import (
     MAX_CACHED_DIGESTS,
@@ -246,12 +248,15 @@ def _read_json(path: Path) -> Table:
         return f"{path}:{line_breaks + 1}"
 
     rows = _decode_json(path, 1, decode_text(path, data, where, "utf-8-sig"), is_line=False)
+    if isinstance(rows, dict) and any(map(_is_chat, rows.values())):
+        rows = [rows]  # The file has one conversation.
     if isinstance(rows, list):
         return Table(
             len(rows),
             rows.__getitem__,
             lambda i: f"{path} row {i + 1}",
             partial(file_digest, path),
+            is_array=True,
         )
     why = ""
     fix = "write an array of objects, as df.to_json('rows.json', orient='records') of pandas does"
@@ -267,6 +272,13 @@ def _read_json(path: Path) -> Table:
         why=why,
         fix=fix,
     )
+
+
+def _is_chat(value: object) -> bool:
+    """Return whether a value is the list of messages of one conversation."""
+    if not isinstance(value, list) or not role_key_of(value):
+        return False
+    return not find_conversation_column(value[0])
 
 
 def _has_object_per_line(path: Path) -> bool:

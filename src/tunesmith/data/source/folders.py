@@ -15,6 +15,7 @@ from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
 from tunesmith.config.row_settings import row_fix
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
 from tunesmith.data.source.listings import list_files
+from tunesmith.data.source.message_rows import group_messages
 from tunesmith.data.source.sessions import session_form
 from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import read_text_files
@@ -45,19 +46,24 @@ SPLIT_NAMES = {
 }
 
 
-def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
+def open_local(
+    path: Path, config: str | None = None, *, join_messages: bool = False
+) -> dict[str, Table]:
     """Open a file, a folder or a glob pattern, and return its splits by name.
 
     A single file has one split, `train`.
 
     Args:
         config: the configuration of the data set, see `list_files`.
+        join_messages: whether to join the messages of a conversation, if each row of a file is one
+            message, see `group_messages`.
 
     Raises:
         DataError: the source has no rows or cannot be read, see `list_files` and `open_table`.
     """
+    prepare = group_messages if join_messages else replace
     if not _is_folder_or_pattern(path):
-        return _drop_empty_splits({"train": open_table(path)}, path)
+        return _drop_empty_splits({"train": prepare(open_table(path))}, path)
     splits, all_skipped, config_layout = _select_files(path, config)
     tables = {}
     for split, files in splits.items():
@@ -65,7 +71,7 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
             if files[0].suffix.lower() in TEXT_SUFFIXES:
                 table = read_text_files(files)
             else:
-                table = _join([open_table(file) for file in files])
+                table = _join([prepare(open_table(file)) for file in files])
         except OSError as error:
             raise unreadable_error(path, error) from error
         layout = ", ".join(filter(None, (table.layout, config_layout)))

@@ -14,6 +14,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.source.arrow_nulls import without_nulls
 from tunesmith.data.source.folders import open_local
 from tunesmith.data.source.listings import config_error
+from tunesmith.data.source.message_rows import group_messages
 from tunesmith.data.source.table import Place, Row, Rows, Table
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.files import find_similar_path
@@ -49,8 +50,11 @@ def open_splits(source: Source) -> dict[str, Table]:
     Raises:
         DataError: the file or the Hub data set does not exist or cannot be read.
     """
+    # Rows with one message each are joined, unless the recipe names their columns.
+    has_turns = source.format in ("messages", "sharegpt", "prompt")
+    joined = has_turns and set(source.columns.values()) <= {"messages"}
     if is_local(source.source):
-        return open_local(Path(source.source).expanduser(), source.name)
+        return open_local(Path(source.source).expanduser(), source.name, join_messages=joined)
     import datasets
 
     name = source.source
@@ -61,7 +65,8 @@ def open_splits(source: Source) -> dict[str, Table]:
         # Catch all exceptions, because the errors of the Hub client have no common base class.
         # `_hub_error` distinguishes them.
         raise _hub_error(name, error) from error
-    return {str(split): _hub_table(f"{name} {split}", rows) for split, rows in splits.items()}
+    tables = {str(split): _hub_table(f"{name} {split}", rows) for split, rows in splits.items()}
+    return {split: group_messages(table) if joined else table for split, table in tables.items()}
 
 
 def from_list(rows: list[Row], name: str = "rows") -> Rows:
@@ -71,7 +76,7 @@ def from_list(rows: list[Row], name: str = "rows") -> Rows:
     """
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     table = Table(len(rows), rows.__getitem__, lambda i: f"{name} row {i + 1}", lambda: digest)
-    return Rows(name, [table])
+    return Rows(name, [group_messages(table)])
 
 
 def count_characters(value: object) -> int:

@@ -74,6 +74,7 @@ class Table:
         continues: returns whether row i + 1 continues the document of row i. Large text files are
             read in blocks, and each block is a row.
         are_documents: whether the rows are blocks of text files.
+        is_array: whether the rows are a JSON array, which can be the messages of one conversation.
         skipped: text for a warning that lists what was not read in a folder, or "".
         notes: for agent sessions, the number of omitted and changed lines by kind.
         secrets: for agent sessions, row number -> location and kind of each secret in the row.
@@ -87,6 +88,7 @@ class Table:
     layout: str = ""
     continues: Callable[[int], bool] = lambda i: False
     are_documents: bool = False
+    is_array: bool = False
     skipped: str = ""
     notes: Counter[str] = field(default_factory=Counter)
     secrets: Mapping[int, list[str]] = field(default_factory=dict)

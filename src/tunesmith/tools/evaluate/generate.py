@@ -10,18 +10,18 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
+from tunesmith.config.row_formats import CHAT_ROLES, FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.columns import is_absent, role_key_of
+from tunesmith.data.rows.columns import holds_text, is_absent, role_key_of
 from tunesmith.data.rows.detect import detect, sample_rows
 from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.messages import CHAT_ROLES
 from tunesmith.data.rows.row_reader import RowReader
 from tunesmith.data.rows.samples import Picture, pictures_of
 from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.logger import lines_by_default
+from tunesmith.host.shell import shell_word
 from tunesmith.inference.answers import answer_all, decode
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel
@@ -230,12 +230,12 @@ def find_source(
         for name in ROW_FORMATS[source.format].layouts[0].needed
     )
     run_columns = f", but the run was trained on {', '.join(trained)}" if trained else ""
+    prompt = max(first, key=lambda column: holds_text(first[column]), default="question")
     raise DataError(
         "it is not known which column contains the prompts",
         where=relative_to_cwd(rows.name),
         why=f"the columns are {', '.join(first) or 'none'}{run_columns}",
-        fix=f"name the columns with --columns prompt={next(iter(first), 'question')}, or use "
-        "--format",
+        fix=f"name the columns with --columns {shell_word(f'prompt={prompt}')}, or use --format",
     )
 
 

@@ -1,0 +1,130 @@
+"""Grouping of rows that are single messages: each conversation becomes one row with messages.
+
+Chat databases and their exports have one message per row. A column such as `role` says who speaks,
+and a column such as `conversation_id` says which conversation the message belongs to.
+"""
+
+import re
+from array import array
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+
+from tunesmith.data.rows.columns import MESSAGE_TEXT, SPEAKER, is_absent, plain, role_of
+from tunesmith.data.source.table import Row, Rows, Table
+from tunesmith.errors import DataError
+
+# Names of the column that says which conversation a message belongs to.
+_CONVERSATION = re.compile(
+    r"(\w+_)?(conversation|conv|convo|thread|session|chat|dialog|dialogue|ticket|case|call|room"
+    r"|discussion|transcript|tree|episode|trajectory)(_?(id|uuid|key|hash|nr|no|number))?"
+)
+# Names of the column with the message that a message replies to.
+_PARENT = re.compile(r"(parent|reply_to|in_reply_to)(_message)?(_id)?")
+
+
+def find_conversation_column(columns: Iterable[str]) -> str:
+    """Return the column that says which conversation a message belongs to, or ""."""
+    return _find_column(columns, _CONVERSATION)
+
+
+def _find_column(columns: Iterable[str], names: re.Pattern[str]) -> str:
+    return next((column for column in columns if names.fullmatch(plain(column))), "")
+
+
+def group_messages(table: Table) -> Table:
+    """Join the messages of each conversation to one row, if all rows of the table are messages.
+
+    The rows of a conversation need not be consecutive. Without a column for the conversation, only
+    a JSON array is one conversation. Any other table is returned unchanged.
+
+    Raises:
+        DataError: a message cannot be read, has no conversation, or replies to the same message as
+            an earlier one.
+    """
+    rows = Rows("", [table])
+    columns: Row = {}
+    with suppress(DataError, IndexError):
+        columns = rows[0]
+    content = _find_column(columns, MESSAGE_TEXT)
+    conversation = find_conversation_column(columns)
+    if not content or not (conversation or table.is_array):
+        return table
+    speaker, groups = _find_groups(rows, columns, conversation)
+    if not speaker:
+        return table
+    order = np.argsort(groups, kind="stable")
+    ends = np.cumsum(np.bincount(groups))
+
+    def rows_of(i: int) -> list[int]:
+        return order[ends[i - 1] if i else 0 : ends[i]].tolist()
+
+    def row(i: int) -> Row:
+        turns = []
+        for values in map(rows.__getitem__, rows_of(i)):
+            turn = {"role": values[speaker], "content": values.get(content)}
+            others = values.keys() - {speaker, content, conversation}
+            turns.append(turn | {column: values[column] for column in sorted(others)})
+        return {"messages": turns}
+
+    by = f"grouped by {conversation}" if conversation else "one conversation"
+    return replace(
+        table,
+        size=len(ends),
+        row=row,
+        where=lambda i: table.where(rows_of(i)[0]),
+        layout=", ".join(filter(None, [table.layout, "one message per row", by])),
+    )
+
+
+def _find_groups(rows: Rows, columns: Iterable[str], conversation: str) -> tuple[str, "array[int]"]:
+    """Return the column that says who speaks, and the number of the conversation of each row.
+
+    The column is "" if the rows are not messages.
+
+    Args:
+        columns: the columns of the first row.
+        conversation: the column that names the conversation, or "" if all rows are one.
+    """
+    roles = {column: set[str]() for column in columns if SPEAKER.fullmatch(plain(column))}
+    parent = _find_column(columns, _PARENT)
+    replies = set()
+    # Hash of the name of a conversation -> number of the conversation.
+    numbers: dict[int, int] = {}
+    groups = array("q")
+    fault = None
+    for i in range(len(rows)):
+        try:
+            row = rows[i]
+        except DataError as error:
+            fault = fault or error
+            continue
+        for column in [*roles]:
+            roles[column].add(role_of(row.get(column)))
+            if "" in roles[column]:
+                del roles[column]
+        if not roles:
+            break
+        key = hash(str(row.get(conversation)))
+        reply = (key, hash(str(row.get(parent))))
+        what = ""
+        if conversation and is_absent(row.get(conversation)):
+            what = f"the message has no {conversation}"
+        elif reply in replies and not is_absent(row.get(parent)):
+            what = f"an earlier message has the same {parent}"
+        if what:
+            fault = fault or DataError(
+                what,
+                where=rows.where(i),
+                why="each message belongs to a conversation, and has at most one reply",
+                fix='write each conversation as one row: {"messages": [{"role": "user", "content":'
+                ' "..."}, ...]}',
+            )
+        groups.append(numbers.setdefault(key, len(numbers)))
+        replies.add(reply)
+    speakers = [column for column, said in roles.items() if {"user", "assistant"} <= said]
+    if speakers and fault:
+        raise fault
+    return "".join(speakers[:1]), groups
