@@ -118,7 +118,16 @@ class UsageError(TunesmithError):
 
 
 class RecipeError(UsageError):
-    """A recipe file that cannot be read, or that has a wrong key or value."""
+    """A recipe file that cannot be read, or that has a wrong key or value.
+
+    Attributes:
+        others: the errors of the other wrong keys and values. They are shown below this error.
+    """
+
+    others: "Iterable[RecipeError]" = ()
+
+    def text(self) -> str:
+        return "\n".join([super().text(), *(other.text() for other in self.others)])
 
 
 class DataError(UsageError):

@@ -40,7 +40,7 @@ from tunesmith.config import schema
 from tunesmith.config.load import RUN_IDENTITY, RUN_RECIPE, load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
-from tunesmith.config.tree import read_file
+from tunesmith.config.yaml_file import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
 from tunesmith.host.files import find_similar_path, relative_to_cwd
 from tunesmith.units import Length
@@ -352,7 +352,7 @@ def read_recipe(folder: Path) -> Part[Fields]:
     try:
         # Refuse a pipe or a device here, because `read_file` would block when it opens one.
         open_regular(path).close()
-        values: Fields = read_file(path).plain()
+        values: Fields = read_file(path).values
     except FileNotFoundError:
         return Part({})
     except OSError as error:

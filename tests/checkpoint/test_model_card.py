@@ -15,7 +15,7 @@ from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Model, Source
-from tunesmith.config.tree import read_value
+from tunesmith.config.yaml_file import read_value
 from tunesmith.inference.load_run import locate_run
 
 LICENCE = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: https://example.org/l\n---\n# tiny\n"
@@ -36,9 +36,8 @@ def test_the_card_of_a_run(trained: Path, tiny: Path) -> None:
     assert str(tiny.parent) not in text
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
     assert f"name: {tiny.name}\n" in recipe
-    again = from_mapping(
-        read_value(recipe, where="card", base=final).plain(), where="card", base=final
-    )
+    values = read_value(recipe, "card", "card").values["card"]
+    again = from_mapping(values, where="card", base=final)
     run = load_recipe(trained / "config.yaml")
     assert again.train == run.train
 

@@ -52,7 +52,7 @@ _KEYS = [
     _file("mistyped key", "+train:\n  learning_rat: 1\n", "train.learning_rat", "r.yaml:5", "did you mean train.learning_rate?"),
     _file("dotted key", "+train.seed: 1\n", "train.seed", "r.yaml:4", "train: {seed: ...}"),
     _file("TRL", "+per_device_train_batch_size: 8\n", "per_device_train_batch_size", "r.yaml:4", "write train.micro_batch"),
-    _file("PEFT's switch", "+model2: {}\nload_in_4bit: false\n", "load_in_4bit (line 5)", "r.yaml:4", "load_in_4bit: write model.quantize: nf4"),
+    _file("PEFT's switch", "+model2: {}\nload_in_4bit: false\n", "unknown key load_in_4bit", "r.yaml:5", "write model.quantize: nf4"),
     _file("a file of Axolotl", "base_model: a/b\ndatasets: [{path: a/c, type: alpaca}]\nadapter: lora\nlora_r: 16\n",
           "base_model (line 1), datasets (line 2), lora_r (line 4)", "r.yaml:1", "tunesmith import r.yaml"),
     _line("override of an unknown key", "train.sed=3", "train.sed", "train.sed", "did you mean train.seed?"),

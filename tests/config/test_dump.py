@@ -14,7 +14,7 @@ from tunesmith.config.dump import differences, digest, dump, to_mapping, to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run, Source
-from tunesmith.config.tree import Node, read_file, read_value, scalar
+from tunesmith.config.yaml_file import RecipeLayer, read_file, read_value, scalar
 from tunesmith.errors import RecipeError
 
 # Text that YAML can hold: no lone surrogates, no control characters, which no file of UTF-8 YAML
@@ -31,7 +31,7 @@ numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 @settings(max_examples=50)
 @given(st.dictionaries(text, text | numbers | st.booleans() | st.none(), min_size=1))
 def test_every_scalar_round_trips(values: dict[str, object]) -> None:
-    back = read_value(to_yaml(values), where="", base=Path()).plain()
+    back = read_value(to_yaml(values), "x", "").values["x"]
     assert back == values
     assert [type(v) for v in back.values()] == [type(v) for v in values.values()]
 
@@ -96,10 +96,10 @@ FACTS = {
 
 def test_scalars() -> None:
     for text, expected in FACTS.items():
-        for value in (scalar(text), read_value(text, where="", base=Path()).value):
+        for value in (scalar(text), read_value(text, "x", "").values["x"]):
             assert (value, type(value)) == (expected, type(expected)), text
         for quoted in (f'"{text}"', f"'{text}'"):
-            assert read_value(quoted, where="", base=Path()).value == text
+            assert read_value(quoted, "x", "").values["x"] == text
     assert math.isnan(scalar(".nan"))  # type: ignore[arg-type]
 
 
@@ -108,24 +108,26 @@ def test_every_key_has_its_line(tmp_path: Path) -> None:
     path.write_text(
         "# head\na:\n  b: 1\n  c:\n    - x\n    - y: 2\nd: {e: 3,\n    f: 4}\ng: |\n  long\n  text\nh:\n  1\n"
     )
-    found = {key: place.removeprefix(f"{path}:") for key, place in read_file(path).places()}
+    found = {
+        key: place.removeprefix(f"{path}:") for key, place in read_file(path).positions.items()
+    }
     lines = "a 2 a.b 3 a.c 4 a.c.0 5 a.c.1 6 a.c.1.y 6 d 7 d.e 7 d.f 8 g 9 h 12".split()
-    assert found == dict(zip(lines[::2], lines[1::2], strict=True))
+    assert found == {"": "2", **dict(zip(lines[::2], lines[1::2], strict=True))}
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
     tree = read_file(path)
-    assert tree.plain() == {"a": 1, "b": 2}
-    assert dict(tree.places())["b"] == f"{path}:2"
+    assert tree.values == {"a": 1, "b": 2}
+    assert tree.positions["b"] == f"{path}:2"
 
 
 @settings(max_examples=40)
 @given(st.text(max_size=60) | st.text("[]{}:,-&*!|>'\"%@`# \n\tax0?~<=", max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
-        assert isinstance(read_value(text, where="here", base=Path()), Node)
+        assert isinstance(read_value(text, "x", "here"), RecipeLayer)
     except RecipeError as refused:
         assert refused.where == "here"  # noqa: PT017
         assert refused.fix  # noqa: PT017

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from errors import holds, refuses
 from logged import logged_lines
@@ -272,7 +273,7 @@ def test_other_rows_have_the_format_that_the_method_learns_from(method, expected
     ],
 )
 def test_overrides_as_words_say_the_same(overrides: Any) -> None:
-    assert override_layer(override_words(overrides)).plain() == override_layer(overrides).plain()
+    assert override_layer(override_words(overrides)).values == override_layer(overrides).values
 
 
 @pytest.mark.parametrize("bad", BAD_RECIPES, ids=[bad.name for bad in BAD_RECIPES])
@@ -281,11 +282,23 @@ def test_refused(bad: Bad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     Path("r.yaml").write_text(bad.recipe, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
         load_recipe("r.yaml", bad.overrides)
-    error = caught.value
-    assert bad.what in error.what
-    assert error.where == bad.where
-    assert bad.fix in error.fix
-    assert error.exit_code == 2
+    errors = [caught.value, *getattr(caught.value, "others", ())]
+    found = [error for error in errors if bad.what in error.what and error.where == bad.where]
+    assert [bad.fix in error.fix for error in found] == [True], caught.value
+    assert caught.value.exit_code == 2
+
+
+def test_all_errors_of_a_recipe_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each error of several_errors.yaml has its line, and the user's own value in its fix."""
+    monkeypatch.chdir(tmp_path)
+    for case in YAML(typ="safe").load(Path(__file__).with_name("several_errors.yaml")):
+        Path("r.yaml").write_text(case["recipe"])
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("r.yaml", case.get("overrides", ()))
+        shown = f"{caught.value.text()}\n".split("error: ")[1:]
+        assert len(shown) == len(case["errors"]), caught.value
+        for text, parts in zip(shown, case["errors"], strict=True):
+            assert all(part in text for part in parts), (case["name"], parts, text)
 
 
 def test_table_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

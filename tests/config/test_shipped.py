@@ -13,7 +13,7 @@ from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.shipped import MODELINE, purpose, shipped
-from tunesmith.config.tree import read_file
+from tunesmith.config.yaml_file import read_file
 from tunesmith.units import Length, Size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_every_shipped_recipe_is_valid_and_names_it(schema: Draft7Validator) -> 
     for name, path in shipped().items():
         first = path.read_text().partition("\n")[0]
         assert (path.parent / first.removeprefix(MODELINE)).samefile(FILE)
-        schema.validate(read_file(path).plain())
+        schema.validate(read_file(path).values)
         schema.validate(to_mapping(load_recipe(name)))
 
 

@@ -233,7 +233,7 @@ class Parser(argparse.ArgumentParser):
         name = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
         if name in keys():
             return f"write {name}=VALUE, without dashes"
-        hint = suggest_key("", name, on_command_line=True)
+        hint = suggest_key(name, on_command_line=True)
         if hint.startswith("write "):
             return f"{hint}, without dashes"
         return f"write a key of the recipe as key=value, without dashes; {hint}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.row_formats import FORMAT_COLUMNS
-from tunesmith.config.tree import read_value
+from tunesmith.config.yaml_file import read_value
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
@@ -149,7 +149,7 @@ def column_names(text: str) -> list[tuple[str, str]]:
     The notation of recipes, `{prompt: question, completion: answer}`, is also accepted.
     """
     if text.lstrip().startswith("{"):
-        pairs = list(read_value(text, where="--columns", base=Path()).plain().items())
+        pairs = list(read_value(text, "columns", "--columns").values["columns"].items())
     else:
         # Split only at a comma before "name=", because the name of a column may contain a comma.
         words = (pair.partition("=") for pair in re.split(r",(?=\s*[\w-]+=)", text))

@@ -17,7 +17,7 @@ from pathlib import Path
 from tunesmith.cli.options import add_json, print_columns, require_folder
 from tunesmith.config.dump import dump, to_mapping
 from tunesmith.config.load import load_recipe
-from tunesmith.config.names import suggest_choice
+from tunesmith.config.names import suggest
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import copy_of, locate_recipe, purpose, shipped
 from tunesmith.errors import UsageError
@@ -108,7 +108,7 @@ def _list(*, as_json: bool) -> None:
 def _copy(name: str, destination: Path, *, force: bool) -> None:
     recipes = shipped()
     if name not in recipes:
-        fix = suggest_choice(
+        fix = suggest(
             name, recipes, otherwise="run `tunesmith recipes`, which lists the shipped recipes"
         )
         raise UsageError(

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from rich.filesize import decimal as size_text
 
 from tunesmith.cli.options import print_columns
-from tunesmith.config.names import suggest_choice
+from tunesmith.config.names import suggest
 from tunesmith.config.schema import Model, Source
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import UsageError
@@ -128,7 +128,7 @@ def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
         raise UsageError(
             f"the caches contain no model or data set named {name}",
             where="--remove",
-            fix=suggest_choice(
+            fix=suggest(
                 name,
                 [item.name for item in cached],
                 otherwise="run `tunesmith fetch --list`, which lists the items in the caches",

@@ -7,11 +7,13 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from tunesmith.config.dump import flatten
 from tunesmith.config.layers import COMMAND_LINE
-from tunesmith.config.names import last_part, nearest, suggest_choice
-from tunesmith.config.paths import TEMPLATES
+from tunesmith.config.names import last_part, nearest, suggest
+from tunesmith.config.paths import TEMPLATES, is_place, is_valid_path
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS, FormatName
 from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
+from tunesmith.config.yaml_file import RecipeLayer
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_word
 from tunesmith.units import Size
@@ -50,9 +52,11 @@ class Problem(NamedTuple):
 Places = Mapping[str, str]
 
 
-def check_run(run: Run, places: Places) -> None:
-    """Raise RecipeError for the first rule that the recipe breaks."""
+def find_problems(run: Run, layer: RecipeLayer) -> dict[str, RecipeError]:
+    """Return the first problem of each key that breaks a rule."""
+    places = layer.positions
     problems = chain(
+        _paths(run),
         _method(run, places),
         _model(run),
         _adapter(run, places),
@@ -63,13 +67,16 @@ def check_run(run: Run, places: Places) -> None:
         _lengths(run),
         _validate(run),
     )
+    errors: dict[str, RecipeError] = {}
     for problem in problems:
-        place = places.get(problem.key, problem.key)
+        place = layer.where(problem.key)
         fix = problem.fix
         if place.startswith(COMMAND_LINE):
             # The command line needs a setting in the form `key=value`.
             fix = _SETTING_IN_FIX.sub(lambda found: shell_word(f"{found[1]}={found[2]}"), fix)
-        raise RecipeError(f"{problem.key} {problem.what}", where=place, why=problem.why, fix=fix)
+        what = f"{problem.key} {problem.what}"
+        errors.setdefault(problem.key, RecipeError(what, where=place, why=problem.why, fix=fix))
+    return errors
 
 
 # A setting in a fix, such as `train.duration: 1 epochs`: the key, and the value, which is one word,
@@ -78,6 +85,23 @@ _SETTING_IN_FIX = re.compile(
     r"\b((?:\w+\.)+\w+|method): "
     r"(\{.*?\}|\[.*?\]|[^\s,;()]+(?: (?:%|steps|epochs|examples|tokens)(?!\w))?)"
 )
+_HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
+
+
+def _paths(run: Run) -> Iterator[Problem]:
+    for key, value in flatten(run).items():
+        text = str(value)
+        if not is_place(key) or is_valid_path(text):
+            continue
+        hub = _HUB.match(text)
+        yield Problem(
+            key,
+            f"must be a path or a Hub id, without $, :// and null characters, but is {text!r}",
+            fix=f"write the Hub id: {hub[1]}"
+            if hub
+            else "write the path itself: the file of a URL must be downloaded first, and only the "
+            "command line expands variables",
+        )
 
 
 def _no_effect(key: str, context: str, fix: str) -> Problem:
@@ -349,7 +373,7 @@ def _columns(run: Run, places: Places) -> Iterator[Problem]:
             yield Problem(
                 f"{key}.columns.{name}",
                 f"is not a column of format {source.format}",
-                fix=suggest_choice(name, columns, otherwise=otherwise),
+                fix=suggest(name, columns, otherwise=otherwise),
                 why="`columns` maps the format's column name to the file's column name",
             )
 
@@ -357,7 +381,7 @@ def _columns(run: Run, places: Places) -> Iterator[Problem]:
 def _template(run: Run) -> Iterator[Problem]:
     data = run.data
     if data.template not in TEMPLATES and not Path(data.template).is_file():
-        fix = suggest_choice(
+        fix = suggest(
             Path(data.template).name,
             TEMPLATES,
             otherwise=f"set data.template: auto, or use one of {', '.join(TEMPLATES[1:])}, or the"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.names import keys
 from tunesmith.config.schema import METHOD_KEYS, Adapter, Run, run_type
-from tunesmith.config.tree import scalar
+from tunesmith.config.yaml_file import scalar
 
 # Key of the duration of a run. A resumed run may have a longer duration than before.
 DURATION = "train.duration"

@@ -3,7 +3,7 @@
 The steps are:
 
     read the file -> merge it over the recipes that it extends -> apply key=value overrides
-    -> make paths absolute -> check types -> check the rules of check.py
+    -> check types -> check the rules of check.py
 
 Every value keeps the file and line, or the command-line key, that it comes from. Error messages
 show this position.
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tunesmith.config.check import METHOD_FORMATS, check_run, sources_with_keys
+from tunesmith.config.check import METHOD_FORMATS, find_problems, sources_with_keys
 from tunesmith.config.layers import (
     COMMAND_LINE,
     FROM_PYTHON,
@@ -26,9 +26,10 @@ from tunesmith.config.paths import resolve_paths
 from tunesmith.config.row_settings import record_overrides
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import locate_recipe
-from tunesmith.config.tree import Node, read_file, wrap
-from tunesmith.config.typed import build_run
+from tunesmith.config.typed import meant_by, parse_run, raise_together
+from tunesmith.config.yaml_file import RecipeLayer, layer_of, read_file
 from tunesmith.errors import RecipeError
+from tunesmith.host.demo_model import DEMO_NAME, demo_model
 
 # Maximum length of a chain of recipes in which each one extends the next.
 MAX_EXTENDS = 20
@@ -61,10 +62,10 @@ def load_recipe(
         MachineError: if the recipe uses the model `demo`, which is not installed.
     """
     file = locate_recipe(recipe, base=Path(), where=str(recipe))
-    tree = _read_layers(file, announce)
-    tree = merge_layers(tree, override_layer(overrides), announce=announce)
-    run = checked(tree)
-    places = dict(tree.places())
+    layer = _read_layers(file, announce)
+    layer = merge_layers(layer, override_layer(overrides), announce=announce)
+    run = checked(layer)
+    places = layer.positions
     # Without overrides, this can be the recipe of an earlier run in `output_dir`.
     if overrides:
         record_overrides(overridden_sources(run, places))
@@ -128,13 +129,34 @@ def from_mapping(values: Mapping[str, object], *, where: str, base: Path) -> Run
     Raises:
         RecipeError, MachineError: as in `load_recipe`.
     """
-    return checked(wrap(values, where=where, base=base))
+    return checked(resolve_paths(layer_of(values, where), base))
 
 
-def checked(tree: Node) -> Run:
-    tree = with_method_section(tree)
-    run = build_run(resolve_paths(tree))
-    places = dict(tree.places())
+def checked(layer: RecipeLayer) -> Run:
+    """Convert the values of a recipe to a `Run`, and check its rules.
+
+    Raise RecipeError with all problems of the recipe.
+    """
+    layer = with_method_section(layer)
+    run, errors = parse_run(layer)
+    if run is not None:
+        run = _with_defaults(run, layer.positions)
+        problems = find_problems(run, layer)
+        # A wrong key can cause a problem with another key. Such a problem mentions the wrong key.
+        names = {part for key in errors for part in meant_by(key)}
+        for key, problem in problems.items():
+            if not any(name in f"{problem.what} {problem.fix}" for name in names):
+                errors.setdefault(key, problem)
+    order = [*layer.positions.values()]
+    raise_together(sorted(errors.values(), key=lambda error: order.index(error.where)))
+    assert run is not None
+    if run.model.name == DEMO_NAME:
+        run = replace(run, model=replace(run.model, name=str(demo_model())))
+    return run
+
+
+def _with_defaults(run: Run, places: Mapping[str, str]) -> Run:
+    """Return the recipe with the defaults that depend on the training method."""
     method_format = METHOD_FORMATS.get(run.method.name)
     if run.samples_answers:
         # The prompt ends before the last answer, and there is no KL penalty by default.
@@ -151,24 +173,29 @@ def checked(tree: Node) -> Run:
             sources[key.split(".")[1]].append(with_format)
         train, validation = map(tuple, sources.values())
         run = replace(run, data=replace(run.data, train=train, validation=validation))
-    check_run(run, places)
     return run
 
 
-def _read_layers(path: Path, announce: bool, depth: int = 0) -> Node:
-    """Read a recipe file and merge it over the recipes that it extends."""
-    tree = read_file(path)
-    assert isinstance(tree.value, dict)
-    # Remove `extends` from the tree, because the schema does not have this key.
-    extends = tree.value.pop("extends", None)
-    if extends is None:
-        return tree
-    if not isinstance(extends.value, str):
+def _read_layers(path: Path, announce: bool, below: tuple[Path, ...] = ()) -> RecipeLayer:
+    """Read a recipe file and merge it over the recipes that it extends.
+
+    Args:
+        below: the chain of files that extend this one.
+    """
+    layer = resolve_paths(read_file(path), path.parent)
+    if "extends" not in layer.values:
+        return layer
+    # Remove `extends`, because the schema does not have this key.
+    extends = layer.values.pop("extends")
+    where = layer.where("extends")
+    if not isinstance(extends, str):
         fix = "write extends: llama3.1-8b-lora, or a file such as ../base.yaml"
-        raise RecipeError("extends must name one recipe or file", where=extends.where, fix=fix)
-    base = locate_recipe(extends.value, base=path.parent, where=extends.where)
-    if depth == MAX_EXTENDS:
-        what = f"more than {MAX_EXTENDS} recipes extend each other, or the recipes form a circle"
+        raise RecipeError("extends must name one recipe or file", where=where, fix=fix)
+    base = locate_recipe(extends, base=path.parent, where=where)
+    chain = (*below, path)
+    if len(chain) > MAX_EXTENDS or any(base.samefile(file) for file in chain):
+        files = ", ".join(map(str, (*chain, base)))
+        what = f"recipes extend each other in a circle, or more than {MAX_EXTENDS} do: {files}"
         fix = "remove one extends, or put several recipes into one file"
-        raise RecipeError(what, where=extends.where, fix=fix)
-    return merge_layers(_read_layers(base, announce, depth + 1), tree, announce=announce)
+        raise RecipeError(what, where=where, fix=fix)
+    return merge_layers(_read_layers(base, announce, chain), layer, announce=announce)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tunesmith.config.schema import Run, is_section, yaml_name
-from tunesmith.config.tree import read_file
+from tunesmith.config.yaml_file import read_file
 from tunesmith.units import Length, Share, Size
 
 
@@ -52,7 +52,7 @@ def other_tools(section: str) -> dict[str, str]:
     Args:
         section: the part of other_tools.yaml: `keys`, `words` or `absent`.
     """
-    table = read_file(Path(__file__).with_name("other_tools.yaml")).plain()[section]
+    table = read_file(Path(__file__).with_name("other_tools.yaml")).values[section]
     return {name: meaning for meaning, names in table.items() for name in names}
 
 
@@ -70,49 +70,44 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return similar[0] if similar else None
 
 
-def suggest_choice(word: str, choices: Iterable[str], *, otherwise: str) -> str:
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def suggest(word: str, choices: Iterable[str], *, otherwise: str) -> str:
     """Return the fix for an unknown word: the choice that it most likely means, or `otherwise`."""
     near = nearest(word, choices)
     return f"did you mean {near}?" if near else otherwise
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
-
-
-def suggest_key(section: str, name: str, *, on_command_line: bool = False) -> str:
-    """Return a one-line hint for the unknown key `name` in `section` ("" for the top level).
+def suggest_key(key: str, *, on_command_line: bool = False) -> str:
+    """Return the fix for an unknown dotted key.
 
     Args:
         on_command_line: write settings as `key=value` instead of `key: value`.
     """
-    siblings = [last_part(key) for key in keys() if key.rpartition(".")[0] == section]
-    plain = _plain(name)
-    # The key exists, but it was written with a dot, as in `train.seed`. Only the command line
-    # allows this form.
-    if f"{section}.{name}".lstrip(".") in keys():
-        outer, _, inner = name.rpartition(".")
+    key = without_indices(key)
+    section, _, name = key.rpartition(".")
+    if key in keys():
         return (
-            f"nest the keys, as in `{outer}: {{{inner}: ...}}`;"
+            f"nest the keys, as in `{section}: {{{name}: ...}}`;"
             " only the command line takes the form with a dot"
         )
+    name = _plain(name)
     # The key belongs to another tool, and other_tools.yaml lists the equivalent recipe key.
-    if plain in other_tools("keys"):
-        setting = other_tools("keys")[plain]
+    setting = other_tools("keys").get(name)
+    if setting:
         return f"write {_as_argument(setting) if on_command_line else setting}"
-    suggestion = nearest(plain, siblings)
-    names = {last_part(key) for key in keys()}
+    siblings = [one for one in keys() if one.rpartition(".")[0] == section]
     # If another section has a key of exactly this name, suggest this key instead of a similar name
     # in the given section.
-    if plain in names:
-        suggestion = _keys_named(plain)
-    elif suggestion:
-        suggestion = f"{section}.{suggestion}".lstrip(".")
-    else:
-        suggestion = _keys_named(nearest(plain, names))
-    if suggestion:
-        return f"did you mean {suggestion}?"
-    return f"use one of the keys of {section or 'a recipe'}: {', '.join(siblings)}"
+    names = {last_part(one): one for one in siblings}
+    everywhere = {last_part(one) for one in keys()}
+    near = name if name in everywhere else nearest(name, names) or nearest(name, everywhere)
+    near = names.get(near or "") or _keys_named(near)
+    if near:
+        return f"did you mean {near}?"
+    return f"use one of the keys of {section or 'a recipe'}: {', '.join(names)}"
 
 
 def _as_argument(setting: str) -> str:

@@ -8,16 +8,16 @@ paths `output_dir` and `log.tensorboard_dir` are always relative to the working 
 
 import glob
 import os
-import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tunesmith.config.dump import flatten
 from tunesmith.config.names import without_indices
 from tunesmith.config.schema import Run
-from tunesmith.config.tree import Node
-from tunesmith.errors import RecipeError
-from tunesmith.host import demo_model
+from tunesmith.config.yaml_file import RecipeLayer
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
@@ -35,7 +35,10 @@ _INPUTS = {
     "data.template": (),
     "method.reward": (".py",),
 }
-_HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
+
+
+class PathFromRelative(str):
+    """An absolute path that the user has written as a relative path."""
 
 
 def is_pattern(text: str) -> bool:
@@ -79,44 +82,43 @@ def is_place(key: str) -> bool:
     return without_indices(key) in (*_INPUTS, *_OUTPUTS)
 
 
-def resolve_paths(node: Node, key: str = "", *, relative_to: Path | None = None) -> Node:
-    """Return the tree with absolute paths. Hub ids are unchanged.
+def resolve_paths(layer: RecipeLayer, base: Path) -> RecipeLayer:
+    """Return the layer with absolute paths. Hub ids are unchanged.
 
     Args:
-        relative_to: make the paths of inputs relative to this folder, because the recipe file is
-            written to this folder. A path stays absolute if the relative path would lead to another
-            file because of a symbolic link.
+        base: the folder that the paths of inputs are relative to.
     """
-    children = {
-        name: resolve_paths(child, f"{key}.{name}".lstrip("."), relative_to=relative_to)
-        for name, child in node.children()
-    }
-    if isinstance(node.value, dict):
-        return replace(node, value=children)
-    if isinstance(node.value, list):
-        return replace(node, value=list(children.values()))
+    return replace(layer, values=_map_paths(layer.values, partial(_resolve, base)))
+
+
+def relative_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the values of a recipe that is written to `folder`, with relative paths.
+
+    The paths of inputs become relative to the folder, and those of outputs to the working
+    directory. A path that the user wrote as an absolute path remains absolute.
+    """
+    relative: dict[str, Any] = _map_paths(values, partial(_relative, folder))
+    return relative
+
+
+def _map_paths(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """Replace each path in the values of a recipe by `change(key, path)`."""
+    if isinstance(value, dict):
+        return {
+            name: _map_paths(item, change, f"{key}.{name}".lstrip("."))
+            for name, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_map_paths(item, change, f"{key}.0") for item in value]
     name = without_indices(key)
-    text = node.value
-    if not isinstance(text, str) or name not in (*_OUTPUTS, *_INPUTS):
-        return node
-    function = ""
-    if name == "method.reward":
-        text, function = _split_function(text)
-        # The name of a scorer of tunesmith is not a path.
-        if not function:
-            return node
-    path = _resolve(text, name, node, key)
-    if relative_to is None:
-        return replace(node, value=path + function)
-    if path == text or name in _OUTPUTS:
-        return node
-    relative = os.path.relpath(path, relative_to)
-    # If `relative_to` contains a symbolic link, `..` means the parent of the link's target. Use the
-    # absolute path if `relative` then leads to another file.
-    entered = os.path.realpath(os.path.join(os.path.realpath(relative_to), relative))
-    if entered != os.path.realpath(path):
-        relative = path
-    return replace(node, value=relative + function, base=relative_to)
+    if not isinstance(value, str) or not is_place(name):
+        return value
+    file, function = _split_function(value) if name == "method.reward" else (value, "")
+    # The name of a scorer of tunesmith is not a path.
+    if name == "method.reward" and not function:
+        return value
+    path = change(name, type(value)(file))
+    return type(path)(path + function)
 
 
 def _split_function(text: str) -> tuple[str, str]:
@@ -125,37 +127,38 @@ def _split_function(text: str) -> tuple[str, str]:
     return (file, colon + function) if file.endswith(".py") else (text, "")
 
 
-def _resolve(text: str, name: str, node: Node, key: str) -> str:
-    """Return the absolute path of `text`. A Hub id or the name of a template is unchanged.
+def is_valid_path(text: str) -> bool:
+    """Return whether a text can be a path or a Hub id: it has no variable and no URL scheme."""
+    return not any(part in text for part in ("$", "://", "\0"))
 
-    Raise MachineError if `text` is `demo` and the demo model is not installed.
-    """
-    # `build_run` later raises an error for an empty text.
-    if not text:
+
+def _resolve(base: Path, name: str, text: str) -> str:
+    """Return the absolute path of `text`. A Hub id or the name of a template is unchanged."""
+    # An upper layer may replace an empty text or an invalid path. `checked` refuses them later.
+    if not text or not is_valid_path(text):
         return text
-    hub = _HUB.match(text)
-    if "$" in text or "://" in text or "\0" in text:
-        raise RecipeError(
-            f"{key} must be a path or a Hub id, without $, :// and null characters, but is"
-            f" {text!r}",
-            where=node.where,
-            fix=f"write the Hub id: {hub[1]}"
-            if hub
-            else "write the path itself: the file of a URL must be downloaded first, and only the "
-            "command line expands variables",
-        )
     # Outputs are relative to the working directory, and inputs to the folder of the recipe file.
-    base = Path.cwd() if name in _OUTPUTS else node.base
     # os.path.expanduser keeps `~name` of an unknown user; Path.expanduser raises RuntimeError.
-    path = os.path.abspath(base / os.path.expanduser(text))
+    expanded = os.path.expanduser(text)
+    path = os.path.abspath(expanded if name in _OUTPUTS else base / expanded)
+    if not os.path.isabs(text):
+        path = PathFromRelative(path)
     if name == "data.template":
         return text if text in TEMPLATES else path
     if name in _OUTPUTS or is_written_as_path(text):
         return path
     # `name/name` can be a Hub id or a relative path. It is a path if it has the suffix of a data
     # file, is a glob pattern, or exists on the disk.
-    if text.lower().endswith(_INPUTS[name]) or is_pattern(text) or os.path.exists(path):
-        return path
-    if name == "model.name" and text == demo_model.DEMO_NAME:
-        return str(demo_model.demo_model())
-    return text
+    is_path = text.lower().endswith(_INPUTS[name]) or is_pattern(text) or os.path.exists(path)
+    return path if is_path else text
+
+
+def _relative(folder: Path, name: str, text: str) -> str:
+    """Return a path in the notation of the user: relative if it was, for a recipe in `folder`."""
+    if not isinstance(text, PathFromRelative):
+        return text
+    relative = os.path.relpath(text, Path.cwd() if name in _OUTPUTS else folder)
+    # If the folder contains a symbolic link, `..` means the parent of the link's target. Use the
+    # absolute path if `relative` then leads to another file.
+    entered = os.path.realpath(os.path.join(os.path.realpath(folder), relative))
+    return relative if name in _OUTPUTS or entered == os.path.realpath(text) else text

@@ -1,16 +1,19 @@
-"""Conversion of a tree of recipe values to a `Run`. pydantic validates the values against the
+"""Conversion of the values of a recipe to a `Run`. pydantic validates the values against the
 schema, and this module adds the position and a fix to its errors.
 
 Values are not coerced, with one exception: an integer is accepted as a float, as in `alpha: 16`.
 """
 
 import json
-import re
 import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import Field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from tunesmith.config.dump import yaml_value
 from tunesmith.config.layers import COMMAND_LINE
 from tunesmith.config.names import (
     example,
@@ -23,9 +26,9 @@ from tunesmith.config.names import (
     without_indices,
 )
 from tunesmith.config.schema import Run, run_type
-from tunesmith.config.tree import Node
+from tunesmith.config.yaml_file import RecipeLayer, read_value, scalar
 from tunesmith.errors import RecipeError
-from tunesmith.host.shell import shell_path
+from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.units import Length, Share, Size
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 # pydantic's error types for a number of the right type that is out of bounds.
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "finite_number")
+_UNKNOWN_KEY = "unexpected_keyword_argument"
 _AMOUNTS = {Length, Size, Share}
 
 _FORMS = {
@@ -47,124 +51,176 @@ _FORMS = {
 }
 
 
-def build_run(tree: Node) -> Run:
-    """Convert a tree of recipe values to a `Run`.
+def parse_run(layer: RecipeLayer) -> tuple[Run | None, dict[str, RecipeError]]:
+    """Convert the values of a recipe to a `Run`.
 
-    Raises:
-        RecipeError: if a key or value does not fit the schema. The error names the first problem
-            and its position.
+    Returns:
+        The recipe without its wrong keys, or None if a required key is missing or wrong.
+        Dotted key of each wrong value -> its error.
     """
+    run, wrong = _validate(layer.values)
+    if _is_of_other_tool(layer, wrong):
+        return None, _explain_other_tool(layer, wrong)
+    errors = {}
+    values = deepcopy(layer.values)
+    for key, error in wrong.items():
+        errors[key] = _explain(layer, key, error)
+        path = _path(layer.values, error)
+        if path:
+            _section(values, path).pop(path[-1])
+    if wrong:
+        run, _ = _validate(values)
+    return run, errors
+
+
+def build_run(layer: RecipeLayer) -> Run:
+    """Convert the values of a recipe to a `Run`. Raise RecipeError with all wrong keys."""
+    run, errors = parse_run(layer)
+    raise_together([*errors.values()])
+    assert run is not None
+    return run
+
+
+def raise_together(errors: Sequence[RecipeError]) -> None:
+    """Raise one RecipeError with all errors, if there are any."""
+    if errors:
+        first, *others = errors
+        first.others = others
+        raise first
+
+
+def meant_by(key: str) -> set[str]:
+    """Return the names of the keys that a wrong key may mean, as texts of errors name them."""
+    section, _, name = without_indices(key).rpartition(".")
+    if name == "name":
+        name = section
+    near = nearest(name, map(last_part, keys()))
+    return {name, near or name}
+
+
+def _validate(values: dict[str, Any]) -> "tuple[Run | None, dict[str, ErrorDetails]]":
+    """Return the `Run`, and pydantic's error for each wrong or missing key."""
     from pydantic import ValidationError
 
-    values = tree.plain()
     data = values.get("data")
     if isinstance(data, dict):
         # Put a single source that is given without a list into a list. null and {} mean that there
         # is no source.
+        listed = dict(data)
         for part in ("train", "validation"):
             if part in data and isinstance(data[part], dict | None):
-                data[part] = [data[part]] if data[part] else []
+                listed[part] = [data[part]] if data[part] else []
+        data = listed
     try:
         # Validate JSON, because pydantic's strict mode accepts a list as a tuple, and a mapping as
         # a dataclass, only in JSON input.
-        return run_type().validate_json(json.dumps(values))
+        text = json.dumps(values if data is None else {**values, "data": data})
+        return run_type().validate_json(text), {}
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False), tree) from None
-
-
-def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
-    """Convert pydantic's errors to one RecipeError.
-
-    Unknown keys are reported first, because a mistyped key also causes a "missing key" error.
-    """
-    located = [(*_locate(tree, error), error) for error in errors]
-    unknown = [one for one in located if one[2]["type"] == "unexpected_keyword_argument"]
-    if unknown:
-        return _explain_unknown(tree, unknown)
+        wrong: dict[str, ErrorDetails] = {}
+        for one in error.errors(include_url=False):
+            key = ".".join(map(str, _path(values, one)))
+            # If `name` is a number, a list has too few items.
+            name = one["loc"][-1]
+            if one["type"] == "missing" and isinstance(name, str):
+                key = f"{key}.{name}".lstrip(".")
+            wrong.setdefault(key, one)
     # pydantic reports one error for each member type of a union. Use the error with the longest
-    # key, because this member type matched the largest part of the value.
-    same_value = [one for one in located if one[1].startswith(located[0][1])]
-    node, key, error = max(same_value, key=lambda one: len(one[1]))
-    if error["type"] == "json_invalid":
-        return RecipeError(
-            "the recipe has text that is not Unicode",
-            where=node.where,
-            why=error["msg"],
-            fix="remove escapes such as \\ud800, which are half of a character",
-        )
-    name = error["loc"][-1]
-    # If `name` is a number, a list has too few items.
-    if error["type"] == "missing" and isinstance(name, str):
-        key = f"{key}.{name}".lstrip(".")
-        what = f"{key} is missing: {_field_and_type(key)[0].metadata['description']}"
-        return RecipeError(what, where=node.where, fix=f"add {key}: {example(key)}")
-    return _explain_value(node, key, error)
+    # key, because this member type matched the largest part of the value. An unknown key in a
+    # section can be a misspelled name of a missing key of this section.
+    unknown = {_section_of(key) for key, one in wrong.items() if one["type"] == _UNKNOWN_KEY}
+    return None, {
+        key: one
+        for key, one in wrong.items()
+        if not any(other.startswith(f"{key}.") for other in wrong)
+        and not (one["type"] == "missing" and _section_of(key) in unknown)
+    }
 
 
-def _explain_unknown(tree: Node, unknown: "list[tuple[Node, str, ErrorDetails]]") -> RecipeError:
-    """Build one error for all unknown keys.
+def _section_of(key: str) -> str:
+    return key.rpartition(".")[0]
 
-    If the file is a configuration of another tool, the fix is the command `tunesmith import`.
+
+def _path(values: dict[str, Any], error: "ErrorDetails") -> list[str | int]:
+    """Return the path to the value that a pydantic error is about.
+
+    Parts of pydantic's location that are not in the values, such as union members, are skipped.
     """
-    where = unknown[0][0].where
-    file = where.rpartition(":")[0]
-    hints = {}
-    for node, key, error in unknown:
-        name = str(error["loc"][-1])
-        section = without_indices(key.removesuffix(name).rstrip("."))
-        on_command_line = node.where.startswith(COMMAND_LINE)
-        hints[key] = suggest_key(section, name, on_command_line=on_command_line)
-    if len(hints) == 1:
-        return RecipeError(f"unknown key {key}", where=where, fix=hints[key])
-    places = [f"{key} ({node.where.replace(f'{file}:', 'line ')})" for node, key, _ in unknown]
-    fix = "; ".join(f"{key}: {hint}" for key, hint in hints.items())
-    # A file with several top-level keys of other tools and without a `model` section is a
-    # configuration file of another tool.
-    foreign = other_tools("keys").keys() & hints
-    if len(foreign) > 1 and "model" not in dict(tree.children()) and Path(file).is_file():
-        command = f"tunesmith import {shell_path(file)}"
-        fix = f"convert the file with `{command}`, because these are keys of another tool"
-    return RecipeError(f"unknown keys {', '.join(places)}", where=where, fix=fix)
+    path: list[str | int] = []
+    value: Any = values
+    for part in error["loc"]:
+        with suppress(KeyError, IndexError, TypeError):
+            value = value[part]
+            path.append(part)
+    return path
 
 
-def _explain_value(node: Node, key: str, error: "ErrorDetails") -> RecipeError:
-    """Return the error about a value of the wrong type, or a number that is out of bounds."""
+def _section(values: dict[str, Any], path: Sequence[str | int]) -> Any:
+    """Return the mapping or list that contains the value at `path`."""
+    section: Any = values
+    for part in path[:-1]:
+        section = section[part]
+    return section
+
+
+def _is_of_other_tool(layer: RecipeLayer, wrong: "Mapping[str, ErrorDetails]") -> bool:
+    """Return whether the file is a configuration of another tool.
+
+    It has several top-level keys of other tools, and no `model` section.
+    """
+    foreign = other_tools("keys").keys() & wrong
+    is_file = Path(layer.where().rpartition(":")[0]).is_file()
+    return len(foreign) > 1 and "model" not in layer.values and is_file
+
+
+def _explain_other_tool(
+    layer: RecipeLayer, wrong: "Mapping[str, ErrorDetails]"
+) -> dict[str, RecipeError]:
+    file = layer.where().rpartition(":")[0]
+    places = []
+    for key, error in wrong.items():
+        if error["type"] == _UNKNOWN_KEY:
+            places.append(f"{key} ({layer.where(key).replace(f'{file}:', 'line ')})")
+    return {
+        "": RecipeError(
+            f"unknown keys {', '.join(places)}",
+            where=layer.where(),
+            why="these are keys of another tool",
+            fix=f"convert the file with `tunesmith import {shell_path(file)}`",
+        )
+    }
+
+
+def _explain(layer: RecipeLayer, key: str, error: "ErrorDetails") -> RecipeError:
+    """Return the error of a key that is unknown, missing, of the wrong type or out of bounds."""
+    where = layer.where(key)
+    on_command_line = where.startswith(COMMAND_LINE)
+    path = _path(layer.values, error)
+    if error["type"] == _UNKNOWN_KEY:
+        fix = suggest_key(key, on_command_line=on_command_line)
+        return RecipeError(f"unknown key {key}", where=where, fix=fix)
     field, hint = _field_and_type(key)
+    about = field.metadata["description"]
+    if error["type"] == "missing" and isinstance(error["loc"][-1], str):
+        fix = f"add {key}: {example(key)}"
+        return RecipeError(f"{key} is missing: {about}", where=where, fix=fix)
+    value = _section(layer.values, path)[path[-1]]
     # For an item of a list, show an example of the entire list.
-    shown_key = re.sub(r"\.[0-9]+$", "", key)
     fix = (
-        f"write {_setting(node, shown_key, example(shown_key))}   # {field.metadata['description']}"
+        _repair(layer, key, path, hint) or f"write {_setting(where, key, example(key))}   # {about}"
     )
     # A value that begins with a digit is an amount, even if the key also accepts words.
-    is_amount = not literal_words(hint) or str(node.value)[:1].isdigit()
+    is_amount = not literal_words(hint) or str(value)[:1].isdigit()
     if error["type"] in _BOUNDS:
-        what = f"{key} is {reprlib.repr(node.value)}: {error['msg'].lower()}"
+        what = f"{key} is {reprlib.repr(value)}: {error['msg'].lower()}"
     elif error["type"] == "value_error" and is_amount:
         what = f"{key}: {error['ctx']['error']}"
     else:
-        found = reprlib.repr(json.dumps(node.plain()))[1:-1]
-        what = f"{key}: expected {type_in_words(hint)}, found {found}"
-        fix = _fix_type(node, key, hint) or fix
-    why = ""
+        what = f"{key}: expected {type_in_words(hint)}, found {json.dumps(value):.60}"
     # The shell turns `key=$UNSET` into `key=`, which is null.
-    if node.value is None and node.where.startswith(COMMAND_LINE):
-        why = "the value is empty, perhaps because a shell variable is not set"
-    return RecipeError(what, where=node.where, why=why, fix=fix)
-
-
-def _locate(tree: Node, error: "ErrorDetails") -> tuple[Node, str]:
-    """Return the node and the dotted key of the value that a pydantic error is about.
-
-    Parts of pydantic's location that are not keys of the tree, such as union members, are skipped.
-    """
-    node = tree
-    key = ""
-    for part in map(str, error["loc"]):
-        children = dict(node.children())
-        if part in children:
-            node = children[part]
-            key = f"{key}.{part}".lstrip(".")
-    return node, key
+    is_empty = value is None and on_command_line
+    why = "the value is empty, perhaps because a shell variable is not set" if is_empty else ""
+    return RecipeError(what, where=where, why=why, fix=fix)
 
 
 def _field_and_type(key: str) -> tuple[Field[Any], Any]:
@@ -182,7 +238,7 @@ def _field_and_type(key: str) -> tuple[Field[Any], Any]:
     return field, get_args(container)[1 if get_origin(container) is dict else 0]
 
 
-def _setting(node: Node, key: str, value: str) -> str:
+def _setting(where: str, key: str, value: str) -> str:
     """Return the text that sets a key: `key=value` on the command line, or `key: value` in a file.
 
     For an item of a list, return only the value.
@@ -190,33 +246,63 @@ def _setting(node: Node, key: str, value: str) -> str:
     name = last_part(key)
     if name.isdigit():
         return value
-    return f"'{key}={value}'" if node.where.startswith(COMMAND_LINE) else f"{name}: {value}"
+    return shell_word(f"{key}={value}") if where.startswith(COMMAND_LINE) else f"{name}: {value}"
 
 
-def _fix_type(node: Node, key: str, hint: object) -> str:
-    """Return the fix for a value of the wrong type, or "" if no fix can be guessed."""
-    content = node.value
-    types_ = members(hint)
+def _repair(layer: RecipeLayer, key: str, path: Sequence[str | int], hint: object) -> str:
+    """Return the fix that keeps the user's own value, in a form that the key accepts.
+
+    Return "" if no form of the value is accepted.
+    """
+    where = layer.where(key)
+    value = _section(layer.values, path)[path[-1]]
     words = literal_words(hint)
-    # The given value may be the name that another tool uses for one of the allowed words.
-    if words and isinstance(content, str | bool):
+    if words and isinstance(value, str | bool):
         one_of = f"write one of {', '.join(words)}"
-        absent = other_tools("absent").get(str(content).lower())
+        # The value may be the name that another tool uses for one of the allowed words.
+        absent = other_tools("absent").get(str(value).lower())
         if absent:
-            return f"{one_of}: {absent.format(content)}"
-        near = nearest(str(content), words)
-        return f"did you mean {_setting(node, key, near)}?" if near else one_of
-    is_list = get_origin(types_[0]) is tuple and not is_dataclass(get_args(types_[0])[0])
-    if isinstance(content, str) and is_list:
-        return f"write it as a list: {_setting(node, key, f'[{content}]')}"
-    if isinstance(content, int | float) and str in types_:
-        return f"put it in quotes: {_setting(node, key, json.dumps(str(content).lower()))}"
-    # The value is a number without a unit, but the key needs a unit, as in `3 epochs`.
-    for kind in _AMOUNTS.intersection(types_):
-        if type(content) is int:
-            lines = [_setting(node, key, f"{content} {unit}") for unit in kind.units[:2]]
-            return f"add the unit: {' or '.join(lines)}"
-    return ""
+            return f"{one_of}: {absent.format(value)}"
+        near = nearest(str(value), words)
+        if near:
+            return f"did you mean {_setting(where, key, near)}?"
+    accepted = []
+    for text in _other_forms(value, hint, example(key)):
+        values = deepcopy(layer.values)
+        _section(values, path)[path[-1]] = read_value(text, "x", where).values["x"]
+        if not any(f"{wrong}.".startswith(f"{key}.") for wrong in _validate(values)[1]):
+            accepted.append(_setting(where, key, text))
+    if accepted:
+        # A number without a unit can mean two of them, such as steps and epochs.
+        return f"write {' or '.join(accepted[: 2 if isinstance(value, int) else 1])}"
+    return one_of if words and isinstance(value, str) else ""
+
+
+def _other_forms(value: object, hint: object, usual: str) -> Iterator[str]:
+    """Yield the YAML texts of other types that may be meant by a value of the wrong type.
+
+    Args:
+        usual: an example of the key, whose unit comes first.
+    """
+    number = value
+    if isinstance(value, str):
+        # The value is in quotes, or has the separator of thousands.
+        plain = value.replace(",", "").replace(" ", "")
+        number = scalar(plain)
+        yield from (value, plain, f"[{value}]", nearest(value, ("true", "false")) or value)
+        yield "null" if value.lower() in ("none", "") else value
+    if isinstance(number, int | float):
+        yield f"{number:g}"
+        for kind in _AMOUNTS.intersection(members(hint)):
+            if "%" in kind.units and 0 < number < 1:
+                yield f"{number * 100:g} %"
+            for unit in sorted(kind.units, key=lambda unit: not usual.endswith(f" {unit}")):
+                yield f"{number:g} {unit}"
+    if isinstance(value, list):
+        yield from map(yaml_value, value[:1])
+    # A text that YAML reads as a number or a boolean needs quotes.
+    yield json.dumps(str(value).lower())
+    yield f"[{yaml_value(value)}]"
 
 
 def literal_words(hint: object) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from tunesmith.config.names import suggest_choice
+from tunesmith.config.names import suggest
 from tunesmith.errors import UsageError
 from tunesmith.model.gguf_writers import GgufWriter, gguf_writer
 
@@ -149,7 +149,7 @@ def find_model_type(name: str) -> ModelType:
     raise UsageError(
         f"{name!r} is not a known language model type of Transformers",
         where="command line",
-        fix=suggest_choice(name, types, otherwise="run `tunesmith models`, which lists all types"),
+        fix=suggest(name, types, otherwise="run `tunesmith models`, which lists all types"),
     )
 
 

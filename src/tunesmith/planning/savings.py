@@ -10,9 +10,10 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from tunesmith.config.check import check_run
+from tunesmith.config.check import find_problems
 from tunesmith.config.dump import differences, yaml_value
 from tunesmith.config.schema import Run
+from tunesmith.config.yaml_file import RecipeLayer
 from tunesmith.data.tokens.tokenize import too_long_of
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
@@ -130,8 +131,9 @@ def _changed(start: PlannedChange, keys: Keys, plan_of: PlanOf) -> list[PlannedC
         section, name = key.split(".")
         changed = replace(getattr(run, section), **{name: value})
         run = replace(run, **{section: changed})
+    if find_problems(run, RecipeLayer({}, {"": ""})):
+        return []
     try:
-        check_run(run, {})
         return [PlannedChange(run, plan_of(run))]
     except UsageError:
         return []

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tunesmith.config.layers import Overrides, merge_layers, override_layer
 from tunesmith.config.load import overridden_sources
-from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
+from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.row_settings import record_overrides, row_fix
 from tunesmith.config.schema import Run, Source
-from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
+from tunesmith.config.yaml_file import RecipeLayer
 from tunesmith.data.compare.splits import OpenedRows
 from tunesmith.data.rows.detect import Detected, detect
 from tunesmith.data.source.open_source import Rows, is_local, open_splits, read_rows
@@ -36,7 +36,7 @@ class Draft:
         unused_splits: number of rows of each split of the source that is not used.
     """
 
-    layer: Node
+    layer: RecipeLayer
     chosen: Mapping[str, object]
     facts: RowFacts
     layout: Detected
@@ -63,7 +63,7 @@ class Draft:
 
     @property
     def override_keys(self) -> set[str]:
-        return {key for key, _ in self.layer.places()}
+        return {*self.layer.positions}
 
     @property
     def path(self) -> Path:
@@ -87,12 +87,12 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
         "data.train.source": data,
         "output_dir": f"runs/{short_name(data)}-{short_name(model)}",
     }
-    override_keys = {key for key, _ in layer.places()}
+    override_keys = {*layer.positions}
     # `build_run` does not check the rules of the recipe. They are checked when the recipe is
     # complete.
-    draft = build_run(resolve_paths(apply_overrides(chosen, layer)))
+    draft = build_run(apply_overrides(chosen, layer))
     _check_no_duplicate(draft, override_keys, layer)
-    record_overrides(overridden_sources(draft, dict(layer.places())))
+    record_overrides(overridden_sources(draft, layer.positions))
     source, unused_splits = _with_split(draft.data.train[0])
     if draft.samples_answers and "data.train.format" not in override_keys:
         source = replace(source, format="prompt")  # rows without an answer are allowed
@@ -121,7 +121,7 @@ def draft_recipe(model: str, data: str, overrides: Overrides = ()) -> Draft:
     return Draft(layer, chosen, facts, layout, unused_splits, model == demo_model.DEMO_NAME)
 
 
-def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:
+def _check_no_duplicate(draft: Run, override_keys: set[str], layer: RecipeLayer) -> None:
     """Raise RecipeError if an override sets the model or the rows, because `--model` and `--data`
     already set them.
     """
@@ -131,12 +131,12 @@ def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> Non
     if duplicates:
         raise RecipeError(
             f"{min(duplicates)} cannot be combined with --model and --data",
-            where=f"{layer.where}: {min(duplicates)}",
+            where=f"{layer.where()}: {min(duplicates)}",
             fix=f"remove {min(duplicates)} and use only --model and --data, or write a recipe",
         )
 
 
-def apply_overrides(chosen: Mapping[str, object], layer: Node) -> Node:
+def apply_overrides(chosen: Mapping[str, object], layer: RecipeLayer) -> RecipeLayer:
     """Merge the overrides over the chosen values."""
     return merge_layers(override_layer(chosen), layer)
 

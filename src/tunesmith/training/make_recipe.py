@@ -21,7 +21,7 @@ from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.dump import differences, to_yaml
 from tunesmith.config.layers import Overrides, override_words
 from tunesmith.config.load import checked, load_recipe
-from tunesmith.config.paths import resolve_paths
+from tunesmith.config.paths import relative_paths
 from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run
 from tunesmith.config.shipped import schema_line
 from tunesmith.data.compare.splits import count_held_out
@@ -219,15 +219,15 @@ def make_recipe(
     choices.choose_validations(steps, held_out)
     choices.choose_rate(examined.spec)
 
-    tree = apply_overrides(
+    layer = apply_overrides(
         {**choices.values, "output_dir": draft.chosen["output_dir"]}, draft.layer
     )
-    run = checked(tree)
+    run = checked(layer)
     for key in choices.override_keys & choices.why.keys() - {"data.train"}:
         choices.why[key] = "set on the command line"
     command = ["tunesmith", "train", "--model", model, "--data", data, *override_words(overrides)]
     comment = f"# {shell_command(command)}"
-    body = to_yaml(resolve_paths(tree, relative_to=draft.path.parent).plain(), choices.why)
+    body = to_yaml(relative_paths(layer.values, draft.path.parent), choices.why)
     return NewRecipe(
         run,
         draft.path,

@@ -197,7 +197,7 @@ def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> "N
         )
     from tunesmith.training.make_recipe import make_recipe  # imports huggingface_hub, which is slow
 
-    options = override_layer(overrides).plain()
+    options = override_layer(overrides).values
     # Set the default here. `make_recipe` would derive it from the name of the file with the rows.
     options.setdefault("output_dir", f"runs/rows-{short_name(model)}")
     file = keep_rows(rows, Path(options["output_dir"]))

@@ -142,7 +142,7 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     "unknown": ("colour: red\nsize: 3\n", "file.yaml", []),
     "text": ("once upon a time\n", "file.yaml:1", []),
     "value": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: fast\n", "file.yaml:3", ["train.learning_rate"]),
-    "column": ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: [a, b]\n", "file.yaml:3: text", ["data.train.columns.text"]),
+    "column": ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: [a, b]\n", "file.yaml:3", ["data.train.columns.text"]),
     "llamafactory v1": ("model: m\nmodel_class: llm\ntemplate: qwen3\npeft_config: {name: lora}\ntrain_dataset: d.yaml\ncutoff_len: 9\n",
                         "file.yaml", ["LLaMA-Factory v1"]),
     "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", "file.yaml", ["accelerate"]),

@@ -340,7 +340,7 @@ def test_no_key_is_dropped(tool, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     try:
         draft = translated(tool, values | BASES[tool], folder)
-        written = draft.text(draft.tree(), "# head", folder)
+        written = draft.text(draft.layer(), "# head", folder)
     except UsageError as error:
         if not (error.where and error.fix):
             raise

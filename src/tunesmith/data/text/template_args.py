@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from tunesmith.config.names import suggest_choice
+from tunesmith.config.names import suggest
 from tunesmith.data.text.builtin_templates import keep_newlines, with_fixed_date, writes_today
 from tunesmith.data.text.try_template import plain_jinja
 from tunesmith.errors import DataError
@@ -68,7 +68,7 @@ def with_arguments(
             f"{title} takes no argument {name}",
             where=f"data.template_args.{name}",
             why=f"it takes {', '.join(names) or 'none'}",
-            fix=suggest_choice(name, names, otherwise=f"remove data.template_args.{name}"),
+            fix=suggest(name, names, otherwise=f"remove data.template_args.{name}"),
         )
     assigned |= arguments
     # The date is not a variable of the template. Therefore replace the calls of strftime_now in the

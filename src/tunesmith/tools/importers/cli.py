@@ -66,19 +66,19 @@ def run(args: argparse.Namespace) -> None:
     source = read_config(Path(name), args.tool)
     layer = override_layer(words)
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
-    recipe = translate(source, leaves(layer.plain()), args.world, path)
+    recipe = translate(source, leaves(layer.values), args.world, path)
     if path.exists() and not args.force:
         fix = "choose another file with --output RECIPE, or overwrite this one with --force"
         raise UsageError("this file already exists", where=path, fix=fix)
     require_folder(path.parent, "--output")
 
-    tree = merge_layers(recipe.tree(), layer)
-    checked(tree)
+    layer = merge_layers(recipe.layer(), layer)
+    checked(layer)
     # Write the command as JSON, which escapes line breaks, because the comment must stay on one
     # line.
     origin = json.dumps(shlex.join(mask_words(args.words)))
     head = f"{schema_line()}\n# from {source.tool}: {origin}"
-    write_atomically(path, recipe.text(tree, head, path.resolve().parent))
+    write_atomically(path, recipe.text(layer, head, path.resolve().parent))
     print(f"{path}: {count_of(len(recipe.values), 'value')} from {source.tool}")
     for file, text in recipe.files.items():
         if not file.exists():

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 from pydantic import JsonValue
 
-from tunesmith.config.tree import Node, NotAMappingError, Scalar, read_file, scalar, wrap
+from tunesmith.config.dump import leaves
+from tunesmith.config.yaml_file import NotAMappingError, Scalar, read_file, scalar
 from tunesmith.errors import RecipeError, UsageError
 from tunesmith.host.files import find_similar_path
 from tunesmith.host.shell import shell_path
@@ -65,7 +66,7 @@ class SourceConfig:
 @cache
 def table(tool: str) -> ToolTable:
     """Return the translation table of a tool, merged with the table that it extends."""
-    own: ToolTable = read_file(TABLES / f"{tool}.yaml").plain()
+    own: ToolTable = read_file(TABLES / f"{tool}.yaml").values
     base = own.pop("extends", None)
     for part, content in table(base).items() if base else ():
         ours = own.get(part) or type(content)()
@@ -123,7 +124,7 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
 
     Raise UsageError if there is no characteristic key of any tool, or if the tool is not supported.
     """
-    unsupported: ToolTable = read_file(TABLES / "unsupported.yaml").plain()
+    unsupported: ToolTable = read_file(TABLES / "unsupported.yaml").values
     tables = {tool: table(tool) for tool in IMPORTED_TOOLS} | unsupported
 
     words = {word for name in keys for word in name.split(".")}
@@ -155,7 +156,7 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
 def source_keys(path: Path) -> Iterator[SourceKey]:
     """Yield a key with its value for each scalar, list of scalars and empty mapping of a file."""
     try:
-        yield from _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name)
+        layer = read_file(path, yaml_1_1_scalar)
     except RecipeError as error:
         near = None if path.exists() else find_similar_path(path)
         fix = f"did you mean {near}?" if near else error.fix
@@ -163,26 +164,21 @@ def source_keys(path: Path) -> Iterator[SourceKey]:
             fix = "give the configuration file of another tool, in YAML or JSON"
         what = error.what.replace("recipe", "file")
         raise UsageError(what, where=error.where, why=error.why, fix=fix) from None
+    # A list of scalars is one value.
+    for key, value in leaves(_with_json(layer.values)).items():
+        line = layer.where(key).rpartition(":")[2]
+        yield SourceKey(key, value, f"{path.name}:{line}")
 
 
-def _leaves_below(node: Node, key: str, file_name: str) -> Iterator[SourceKey]:
-    if isinstance(node.value, str) and node.value.startswith("{"):
-        # Transformers also accepts a mapping as JSON in a string. A chat template may start with
-        # "{" but is not JSON.
+def _with_json(value: Any) -> Any:
+    """Return the values with the JSON texts of mappings as mappings, which Transformers accepts."""
+    if isinstance(value, dict):
+        return {name: _with_json(item) for name, item in value.items()}
+    if isinstance(value, str) and value.startswith("{"):
+        # A chat template may start with "{" but is not JSON.
         with suppress(ValueError):
-            node = wrap(json.loads(node.value), where=node.where, base=node.base)
-
-    children = node.children()
-    has_nested = any(child.children() for _, child in children)
-    # Yield the keys inside a list of mappings. Yield a list of scalars as a single value.
-    if has_nested or (children and isinstance(node.value, dict)):
-        for name, child in children:
-            path = f"{key}.{name}" if key else name
-            yield from _leaves_below(child, path, file_name)
-        return
-
-    line = node.where.rpartition(":")[2]
-    yield SourceKey(key, node.plain(), f"{file_name}:{line}")
+            return json.loads(value)
+    return value
 
 
 def yaml_1_1_scalar(text: str) -> Scalar:

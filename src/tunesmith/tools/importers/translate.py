@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest
-from tunesmith.config.tree import scalar
+from tunesmith.config.yaml_file import scalar
 from tunesmith.errors import UsageError
 from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
 from tunesmith.tools.importers.translation import Translation

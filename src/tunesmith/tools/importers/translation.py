@@ -15,10 +15,10 @@ from pydantic import JsonValue
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.layers import merge_layers
 from tunesmith.config.names import keys, members, other_tools, without_indices
-from tunesmith.config.paths import resolve_paths
+from tunesmith.config.paths import relative_paths, resolve_paths
 from tunesmith.config.schema import METHOD_KEYS
-from tunesmith.config.tree import Node, scalar, wrap
 from tunesmith.config.typed import literal_words
+from tunesmith.config.yaml_file import RecipeLayer, as_json, read_value, scalar
 from tunesmith.errors import UsageError, is_secret_name, mask_words
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, table
 from tunesmith.units import Length, Share
@@ -326,26 +326,23 @@ class Translation:
             comments[key] = "; ".join(unique) or f"{self.source.tool}'s default"
         return comments | dict.fromkeys(self.overrides, "given on the command line")
 
-    def tree(self) -> Node:
-        """Return the recipe as a tree of nodes.
+    def layer(self) -> RecipeLayer:
+        """Return the recipe as a layer.
 
-        The position of a node is a line of the other tool's file, so that errors in the recipe
+        The position of a value is a line of the other tool's file, so that errors in the recipe
         point to this file.
         """
-        name, base = self.source.name, self.source.base
-        top = Node({}, name, base)
+        name = self.source.name
+        layer = RecipeLayer({}, {"": name})
         # Sort the keys by the order of the schema.
         for key in sorted(self.values, key=list(keys()).index):
             # Use the position of the first origin that is in the file.
             in_file = (origin for origin in self.origins[key] if origin.key in self.source.keys)
             where = next((origin.where for origin in in_file), name)
-            node = wrap(self.values[key], where=where, base=base)
-            for section in reversed(key.split(".")):
-                node = Node({section: node}, name, base)
-            top = merge_layers(top, node)
-        return top
+            layer = merge_layers(layer, read_value(as_json(self.values[key]), key, where))
+        return resolve_paths(layer, self.source.base)
 
-    def text(self, tree: Node, head: str, folder: Path) -> str:
+    def text(self, layer: RecipeLayer, head: str, folder: Path) -> str:
         """Return the text of the recipe file, which will be written to `folder`.
 
         Above each value, a comment names the origin of the value.
@@ -354,8 +351,7 @@ class Translation:
         comments = {}
         for key, comment in self.comments.items():
             comments[key] = comment.encode("ascii", "backslashreplace").decode()
-        values = resolve_paths(tree, relative_to=folder).plain()
-        return f"{head}\n{to_yaml(values, comments)}"
+        return f"{head}\n{to_yaml(relative_paths(layer.values, folder), comments)}"
 
 
 def _amount(number: float, unit: str) -> str:

@@ -105,8 +105,7 @@ def check_varied(key: str) -> None:
     if key in VARIED:
         return
     if key not in keys():
-        section, _, name = key.rpartition(".")
-        fix = suggest_key(section, name, on_command_line=True)
+        fix = suggest_key(key, on_command_line=True)
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
     why = next(why for start, why in FIXED_KEY_REASONS.items() if key.startswith(start))
     fix = f"vary only {', '.join(VARIED)}; for {key}, run `tunesmith train` once per value"

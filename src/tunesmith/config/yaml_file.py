@@ -1,4 +1,4 @@
-"""Reader of YAML 1.2 into a small tree, in which every value knows its file and line.
+"""Reader of YAML 1.2 into plain values, and the position of each value.
 
 ruamel.yaml parses the text into nodes. This module checks the nodes for duplicate keys, tags, size
 and depth, and computes their values. The value of a scalar without quotes follows the core schema
@@ -6,11 +6,11 @@ of YAML 1.2.2 (section 10.3.2): `3e-4` is a number, `on` and `yes` are text, and
 timestamps.
 """
 
-import math
+import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -63,43 +63,23 @@ class NotAMappingError(RecipeError):
 
 
 @dataclass(frozen=True)
-class Node:
-    """A value of a recipe with its position and base folder.
+class RecipeLayer:
+    """Values of a recipe, with their positions.
 
     Attributes:
-        where: the position for error messages, such as `recipe.yaml:3`.
-        base: the folder that a relative path in this value is relative to.
+        values: the recipe as plain dicts, lists and scalars.
+        positions: dotted key of a value, such as `data.train.0.split` -> its position for error
+            messages, such as `recipe.yaml:3`. The key of the entire layer is "".
     """
 
-    value: "dict[str, Node] | list[Node] | Scalar"
-    where: str
-    base: Path
+    values: dict[str, Any]
+    positions: Mapping[str, str]
 
-    def children(self) -> "list[tuple[str, Node]]":
-        """Return the (key, value) pairs of a mapping, or (index, value) pairs of a list.
-
-        Return an empty list for a scalar.
-        """
-        if isinstance(self.value, dict):
-            return list(self.value.items())
-        if isinstance(self.value, list):
-            return [(str(i), item) for i, item in enumerate(self.value)]
-        return []
-
-    def plain(self) -> Any:
-        """Convert the tree to plain dicts, lists and scalars."""
-        if isinstance(self.value, dict):
-            return {key: node.plain() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.plain() for node in self.value]
-        return self.value
-
-    def places(self, key: str = "") -> Iterator[tuple[str, str]]:
-        """Yield each nested key in dotted form (`data.train.0.split`), with its position."""
-        for name, node in self.children():
-            below = f"{key}.{name}" if key else name
-            yield below, node.where
-            yield from node.places(below)
+    def where(self, key: str = "") -> str:
+        """Return the position of a key, or of the innermost section around it that has one."""
+        while key and key not in self.positions:
+            key = key.rpartition(".")[0]
+        return self.positions[key]
 
 
 def scalar(text: str) -> Scalar:
@@ -114,33 +94,30 @@ def scalar(text: str) -> Scalar:
     return text
 
 
-def wrap(values: object, *, where: str, base: Path, key: str = "") -> Node:
-    """Convert plain values to a tree of nodes. The position of a node is the text `where: key`."""
-    place = f"{where}: {key}" if key else where
-    if isinstance(values, Mapping | list | tuple):
-        children = {}
-        for name, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            path = f"{key}.{name}".lstrip(".")
-            children[str(name)] = wrap(value, where=where, base=base, key=path)
-        is_mapping = isinstance(values, Mapping)
-        return Node(children if is_mapping else list(children.values()), place, base)
-    if isinstance(values, os.PathLike):
-        values = os.fspath(values)
-    if isinstance(values, int) and abs(values) >= 10**MAX_DIGITS:
-        # Use infinity, as `scalar` does for an integer of this size. str(values) could raise
-        # ValueError.
-        values = math.inf
-    if not isinstance(values, Scalar):
+def as_json(value: object) -> str:
+    """Return a Python value as JSON, which is valid YAML: its quotes keep a text a text.
+
+    Raise RecipeError for a value that a recipe cannot have.
+    """
+    try:
+        # YAML requires an escape for DEL, and JSON does not.
+        return json.dumps(value, default=os.fspath).replace("\x7f", "\\u007f")
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(
-            f"a recipe cannot have a value of type {type(values).__name__}",
-            where=place,
+            "a recipe cannot have this value",
+            why=str(error),
             fix="use text, a number, true, false, null, a list or a mapping",
-        )
-    return Node(values, place, base)
+        ) from None
 
 
-def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Node:
-    """Read a recipe file into a tree, whose root is a mapping.
+def layer_of(values: Mapping[str, object], where: str) -> RecipeLayer:
+    """Convert plain values to a layer. The position of a value is the text `where: key`."""
+    reader = _Reader(lambda line, key: f"{where}: {key}" if key else where)
+    return RecipeLayer(reader.read(as_json(values)), reader.positions)
+
+
+def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> RecipeLayer:
+    """Read a recipe file.
 
     Args:
         plain_scalar: converts a scalar without quotes to its value.
@@ -173,20 +150,29 @@ def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Nod
         fix = f"{convert}   # if the file has that encoding"
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
-    top = _Reader(name, path.parent, plain_scalar=plain_scalar).read(text)
-    if top is None or not isinstance(top.value, dict):
+    reader = _Reader(lambda line, key: f"{name}:{line + 1}", plain_scalar)
+    values = reader.read(text)
+    if not isinstance(values, dict):
         raise NotAMappingError(
             "a recipe must be a mapping of keys to values, but this file is not a mapping",
-            where=top.where if top else name,
+            where=reader.positions.get("", name),
             fix="begin the file with `model:`; `tunesmith recipes show smollm2-135m-lora` shows "
             "a complete example",
         )
-    return top
+    return RecipeLayer(values, reader.positions)
 
 
-def read_value(text: str, *, where: str, base: Path) -> Node:
-    """Read one YAML value from the command line. An empty text is null, as in a file."""
-    return _Reader(where, base, lines=False).read(text) or Node(None, where, base)
+def read_value(text: str, key: str, where: str) -> RecipeLayer:
+    """Read one YAML value from the command line as the value of a dotted key.
+
+    An empty text is null, as in a file.
+    """
+    reader = _Reader(lambda line, key: where, positions={key: where})
+    value = reader.read(text, key)
+    # Build the nested mapping from the inside: a.b=1 becomes {a: {b: 1}}.
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return RecipeLayer(value, reader.positions)
 
 
 class _Untyped(VersionedResolver):
@@ -204,6 +190,15 @@ def _check_brackets(text: str) -> None:
     changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
     if max(accumulate(changes), default=0) > MAX_OPEN:
         raise RecursionError
+
+
+def _check_tag(node: nodes.Node, where: str) -> None:
+    if node.ctag not in _UNTAGGED:
+        raise RecipeError(
+            f"the YAML tag {node.tag} is not allowed",
+            where=where,
+            fix="write the plain value without a tag",
+        )
 
 
 def _join_surrogates(text: str, where: str) -> str:
@@ -225,40 +220,36 @@ def _join_surrogates(text: str, where: str) -> str:
 
 @dataclass
 class _Reader:
-    """Reader that converts one YAML document to a `Node`.
+    """Reader that converts one YAML document to plain values.
 
     It enforces MAX_DEPTH, MAX_NODES and MAX_OPEN.
 
     Attributes:
-        name: the file or the key of the command line, for positions.
-        lines: whether positions have a line number.
-        count: number of values so far.
+        place: returns the position of a value from its line, which counts from 0, and its key.
+        positions: dotted key of each value so far -> its position.
     """
 
-    name: str
-    base: Path
-    lines: bool = True
+    place: Callable[[int, str], str]
     plain_scalar: Callable[[str], Scalar] = scalar
+    positions: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
-    def place(self, line: int) -> str:
-        return f"{self.name}:{line + 1}" if self.lines else self.name
-
-    def read(self, text: str) -> Node | None:
+    def read(self, text: str, key: str = "") -> Any:
+        """Return the value of the text. `key` is the dotted key of the value."""
         yaml = YAML(typ="safe", pure=True)
         yaml.Resolver = _Untyped
-        where = self.name
+        line = 0
         try:
             _check_brackets(text)
             top = yaml.compose(text)
-            return None if top is None else self.node(top)
+            return None if top is None else self.value(top, key)
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            where = self.place(mark.line) if mark else where
+            line = mark.line if mark else 0
             problem = ": ".join(part for part in (error.context, error.problem) if part)
         except ReaderError as error:
             # ReaderError means that the text has a character that YAML does not allow.
-            where = self.place(text.count("\n", 0, error.position))
+            line = text.count("\n", 0, error.position)
             problem = str(error).splitlines()[0]
         except RecursionError:
             problem = "the YAML is nested too deeply"
@@ -267,21 +258,24 @@ class _Reader:
             problem = str(error)
         raise RecipeError(
             "this YAML cannot be read",
-            where=where,
+            where=self.place(line, key),
             why=problem,
             fix="correct the text at or just before this position: a recipe is one YAML document, "
             "indented with spaces",
         )
 
-    def node(self, yaml_node: nodes.Node, line: int = 0, depth: int = 0) -> Node:
-        """Convert a ruamel node to a `Node`.
+    def value(self, node: nodes.Node, key: str, line: int = 0, depth: int = 0) -> Any:
+        """Convert a ruamel node to a plain value, and record its position.
 
         Args:
-            line: the line of the key or parent of the node. The target of an alias is in an earlier
-                line. Its position is then `line`, where the alias is used.
+            line: the line of the node's parent. The target of an alias is in an earlier line. Its
+                position is then `line`, where the alias is used.
         """
-        line = max(line, yaml_node.start_mark.line)
-        where = self.place(line)
+        line = max(line, node.start_mark.line)
+        where = self.place(line, key)
+        # An error about a value names the line of its key, which `mapping` has recorded. A block
+        # scalar begins one line later.
+        self.positions.setdefault(key, where)
         self.count += 1
         if depth > MAX_DEPTH or self.count > MAX_NODES:
             raise RecipeError(
@@ -290,50 +284,44 @@ class _Reader:
                 where=where,
                 fix="use fewer levels, and no aliases",
             )
-        if yaml_node.ctag not in _UNTAGGED:
-            raise RecipeError(
-                f"the YAML tag {yaml_node.tag} is not allowed",
-                where=where,
-                fix="write the plain value without a tag",
-            )
-        value: dict[str, Node] | list[Node] | Scalar
-        if isinstance(yaml_node, nodes.ScalarNode):
-            # Only a scalar without quotes can be a number, bool or null.
-            if yaml_node.style is None:
-                value = self.plain_scalar(yaml_node.value)
-            else:
-                value = _join_surrogates(yaml_node.value, where)
-        elif isinstance(yaml_node, nodes.SequenceNode):
-            value = [self.node(item, line, depth + 1) for item in yaml_node.value]
-        else:
-            value = self.mapping(yaml_node, line, depth + 1)
-        return Node(value, where, self.base)
+        _check_tag(node, where)
+        if isinstance(node, nodes.SequenceNode):
+            return [
+                self.value(item, f"{key}.{i}".lstrip("."), line, depth + 1)
+                for i, item in enumerate(node.value)
+            ]
+        if isinstance(node, nodes.MappingNode):
+            return self.mapping(node, key, line, depth + 1)
+        return self.text(node, where)
 
-    def mapping(self, yaml_node: nodes.Node, line: int, depth: int) -> dict[str, Node]:
-        values: dict[str, Node] = {}
-        for name, content in yaml_node.value:
-            # Convert the key like a value, to get its position and its type.
-            key = self.node(name, line, depth)
-            if not isinstance(key.value, str):
-                what = f"a key must be text, but this key is {key.plain()!r}"
-                raise RecipeError(what, where=key.where, fix="put the key in quotes")
+    def text(self, node: Any, where: str) -> Scalar:
+        # Only a scalar without quotes can be a number, bool or null.
+        if node.style is None:
+            return self.plain_scalar(node.value)
+        return _join_surrogates(node.value, where)
+
+    def mapping(self, node: nodes.Node, key: str, line: int, depth: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name_node, content in node.value:
+            line_of_name = max(line, name_node.start_mark.line)
+            where = self.place(line_of_name, key)
+            _check_tag(name_node, where)
+            is_scalar = isinstance(name_node, nodes.ScalarNode)
+            name = self.text(name_node, where) if is_scalar else None
+            if not isinstance(name, str):
+                what, fix = f"a key must be text, but this key is {name!r}", "put the key in quotes"
             # `<<` in quotes is an ordinary name, for example of a column.
-            if key.value == "<<" and name.style is None:
-                raise RecipeError(
-                    "YAML 1.2 has no merge key `<<`",
-                    where=key.where,
-                    fix="write the keys out, or build on another recipe with `extends: RECIPE`",
-                )
-            if key.value in values:
-                what = f"the key {key.value!r} is given twice"
-                raise RecipeError(
-                    what,
-                    where=key.where,
-                    why=f"the first one is at {values[key.value].where}",
-                    fix="remove one of the two keys",
-                )
-            # Errors about a value point to the line of its key, because a block scalar starts one
-            # line later.
-            value = self.node(content, max(line, name.start_mark.line), depth)
-            values[key.value] = replace(value, where=key.where)
+            elif name == "<<" and name_node.style is None:
+                what = "YAML 1.2 has no merge key `<<`"
+                fix = "write the keys out, or build on another recipe with `extends: RECIPE`"
+            elif name in values:
+                first = self.positions[f"{key}.{name}".lstrip(".")]
+                what = f"the key {name!r} is given twice, first at {first}"
+                fix = "remove one of the two keys"
+            else:
+                path = f"{key}.{name}".lstrip(".")
+                self.positions[path] = self.place(line_of_name, path)
+                values[name] = self.value(content, path, line_of_name, depth)
+                continue
+            raise RecipeError(what, where=where, fix=fix)
         return values
