@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -54,12 +53,6 @@ class ForkedWorker:
         self.stdout = os.fdopen(from_worker, "rb")
         self.poll, self.wait = self._process.poll, self._process.wait
         self.kill, self.pid = self._process.kill, self._process.pid
-
-    def communicate(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.stdin.close()
-        self.stdout.close()
-        self.wait()
 
 
 @pytest.fixture

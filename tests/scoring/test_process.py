@@ -13,7 +13,7 @@ from time_limit import time_limit
 from tunesmith.errors import DataError, RunError
 from tunesmith.scoring import process
 from tunesmith.scoring.process import ScorerPool, ScorerProcess
-from tunesmith.scoring.scorers import ScoredRow
+from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow
 
 
 def row(reference: str = "a", where: str = "held.jsonl:3", **more: Any) -> ScoredRow:
@@ -42,7 +42,7 @@ def test_a_scorer_without_end_is_killed(
         if answer is None:
             scorers.check(name, endless)
         else:
-            scorers.score(name, answer, endless)
+            scorers.score(name, [RewardedAnswer(answer, answer, endless)])
 
 
 OWN = """
@@ -52,31 +52,40 @@ def do(answer, row):
 """
 
 
+def answer_to(**more: Any) -> RewardedAnswer:
+    return RewardedAnswer("a", "a", row(**more))
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process, "MAX_FAULTS", 100)
+    monkeypatch.setattr(process, "MIN_FAULTS", 100)
     Path("mine.py").write_text(OWN)
     return "mine.py:do"
 
 
-def test_several_faults_end_the_scoring(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "MAX_FAULTS", 2)
-    answers = [("a", row(where=f"rows:{n}", row={"action": "1 / 0"})) for n in range(9)]
+@pytest.mark.parametrize(("count", "limit"), [(9, 3), (60, 6)])
+def test_a_share_of_faults_ends_the_scoring(
+    own: str, count: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "MIN_FAULTS", 3)
+    bad = [answer_to(where=f"rows:{n}", row={"action": "1 / 0"}) for n in range(limit)]
+    good = [answer_to() for _ in range(count - limit)]
     with ScorerPool([own]) as pool:
         with logged_lines() as lines:
-            assert pool.scores(own, answers[:2]) == [None, None]
-        assert len(lines) == 2
-        with refuses(RunError, where="rows:2"):
-            pool.scores(own, answers)
+            scores = pool.score_all(own, [*bad[1:], *good])
+        assert scores == [None] * (limit - 1) + [{"do": 1.0}] * len(good)
+        assert len(lines) == min(limit - 1, process.SHOWN_FAULTS + 1)
+        with refuses(RunError, where=f"rows:{limit - 1}"):
+            pool.score_all(own, [*bad, *good])
 
 
 def test_printed_text_goes_to_stderr(own: str, capfd: pytest.CaptureFixture[str]) -> None:
     with ScorerProcess([own, "exact"]) as scorers:
         scorers.check(own, row())
-        loud = row(row={"action": "print('loud')"})
-        assert [scorers.score(name, "a", loud) for name in (own, "exact")] == [1.0, 1.0]
-        scorers.score(own, "a", row(row={"action": "print('x' * 100_000)"}))
+        loud = [answer_to(row={"action": "print('loud')"})]
+        assert scorers.score(own, loud) + scorers.score("exact", loud) == [{"do": 1}, {"exact": 1}]
+        scorers.score(own, [answer_to(row={"action": "print('x' * 100_000)"})])
     out, err = capfd.readouterr()
     assert out == "", "stdout is for results"
     assert err.startswith("loud\n")

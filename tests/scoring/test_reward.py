@@ -9,8 +9,9 @@ import pytest
 from tunesmith.config.schema import MethodConfig
 from tunesmith.data.rows.samples import Conversation
 from tunesmith.inference.load_run import load_run
-from tunesmith.scoring.reward import Reward, RewardedAnswer
+from tunesmith.scoring.reward import Reward
 from tunesmith.scoring.rows import make_scored_row
+from tunesmith.scoring.scorers import RewardedAnswer
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -33,4 +34,6 @@ def test_scores_are_weighted_and_tool_calls_are_read(tiny: Path) -> None:
     ]
     method = MethodConfig(name="grpo", reward=("tool-call", "exact"), reward_weights=(1.0, 0.5))
     with Reward(method, template) as reward:
-        assert reward.of(answers).tolist() == [1.5, 0.0, 0.5]
+        rewards, scores = reward.of(answers)
+    assert rewards.tolist() == [1.5, 0.0, 0.5]
+    assert scores[2] == {"tool-call": 0.0, "exact": 1.0}

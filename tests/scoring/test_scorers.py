@@ -12,8 +12,10 @@ import pytest
 
 from errors import refuses
 from tunesmith.errors import DataError, RunError, UsageError
+from tunesmith.scoring.own_scorers import load_own_scorer
 from tunesmith.scoring.scorers import (
     SCORERS,
+    RewardedAnswer,
     ScoredRow,
     find_scorer,
     score_answer,
@@ -149,27 +151,32 @@ number = 3
 """
 
 
+def own_score(name: str, answer: str, scored: ScoredRow) -> float:
+    [scores] = load_own_scorer(name).scores([RewardedAnswer(answer, answer, scored)], {}, 1)
+    return scores[name.rpartition(":")[2]]
+
+
 def test_a_scorer_of_ones_own_gets_answer_and_row_and_its_faults_name_the_row(
     tmp_path: Path,
 ) -> None:
     file, scored = tmp_path / "mine.py", row("abcd")
     file.write_text(OWN)
     for function, score in (("length", 0.5), ("modelled", 1)):
-        assert score_answer(find_scorer(f"{file}:{function}"), "ab", scored) == score
+        assert own_score(f"{file}:{function}", "ab", scored) == score
         assert scored.row == {}
     faults = {"nothing": "None", "not_a_number": "nan", "leaves": "SystemExit: 0"}
     for function, why in (faults | {"fails": "KeyError: 'missing' (mine.py:"}).items():
         with refuses(RunError, where="held.jsonl:3") as failed:
-            score_answer(find_scorer(f"{file}:{function}"), "ab", scored)
+            own_score(f"{file}:{function}", "ab", scored)
         assert why in failed.value.why
         assert failed.value.fix
 
 
 def test_the_last_number_of_an_answer_is_rewarded() -> None:
-    scorer = find_scorer(f"{Path(__file__).parents[2] / 'recipes' / 'rewards.py'}:last_number")
+    scorer = f"{Path(__file__).parents[2] / 'recipes' / 'rewards.py'}:last_number"
     reference = row("She has 3 * 4 = <<3*4=12>>12 and 1,200 more.\n#### 1,212")
     for answer, score in (
         ("1212", 1), ("so 5, no: 1,212.0.", 1), ("1212 is 7", 0), ("none", 0), ("-1212", 0), ("", 0)
     ):  # fmt: skip
-        assert score_answer(scorer, answer, reference) == score
-    assert score_answer(scorer, "3", row("no number")) == 0
+        assert own_score(scorer, answer, reference) == score
+    assert own_score(scorer, "3", row("no number")) == 0

@@ -20,7 +20,7 @@ from tunesmith.errors import RunError, UsageError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.scoring import process
 from tunesmith.scoring.process import ScorerPool, ScorerProcess
-from tunesmith.scoring.scorers import ScoredRow, check_scorer_names
+from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow, check_scorer_names
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -34,6 +34,10 @@ class Odd(Exception):
 
 class Unprintable:
     def __repr__(self): return 1 / 0
+
+class Uncomparable:
+    def __float__(self): return 1 / 0
+    __lt__ = __le__ = __eq__ = __float__
 
 def do(answer, row):
     action = row.get("action", "")
@@ -60,6 +64,8 @@ FAULTS = {
     "os.closerange(0, 99); time.sleep(1000)": ENDED,
     "for n in range(3, 15):\n try: os.write(n, b'?' * 99)\n except OSError: pass": ENDED,
     "pickle.dump = None": ENDED,
+    "os.write(4, b'\\x8c\\xff')": LATE,
+    "os.write(4, b'I1x\\n')": ENDED,
     "raise KeyboardInterrupt": ENDED,
     "sys.exit(3)": "SystemExit: 3",
     "raise MemoryError": "MemoryError",
@@ -74,13 +80,13 @@ FAULTS = {
     "os.ftruncate(os.open('big', os.O_CREAT | os.O_RDWR), 1 << 40)": BIG,
     "while True: os.write(1, b'x' * 65536)": BIG,
     "return '1'": "'1'", "return None": "None", "return float('nan')": "nan", "return float('inf')": "inf", "return [1.0]": "[1.0]",
-    "return 2": "returned 2", "return -0.1": "-0.1", "return 1j": "1j", "return np.ones(2)": "array([1., 1.])", "return np.bool_(True)": "True",
+    "return 2": "returned 2", "return -0.1": "-0.1", "return 1j": "1j", "return np.ones(2)": "array([1., 1.])", "return 10 ** 5000": "int", "raise ValueError('\\ud800')": "\\ud800", "raise ValueError('x' * 10_000_000)": "xxx", "return Uncomparable()": "object",
     "return Unprintable()": "Unprintable", "return sys.modules['torch'].ones(())": "KeyError",
 }  # fmt: skip
 HARMLESS = (
     "subprocess.Popen(['sleep', '1000'], start_new_session=True)", "os.fork()", "os.fork() or time.sleep(1000)", "threading.Thread(target=time.sleep, args=[1000]).start()", "print('loud' * 10_000)",
     "row.clear()", "row['turns'].clear()", "os.chdir('/')", "sys.stdout.close()", "os.close(0)", "subprocess.run(['cat'])",
-    "json.loads = json.dumps = None", "return True", "return np.float32(1)", "return np.int64(1)",
+    "json.loads = json.dumps = None", "return True", "return np.float32(1)", "return np.int64(1)", "return np.bool_(True)", "return np.array(1)",
 )  # fmt: skip
 
 
@@ -107,29 +113,31 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...
     actions = (*FAULTS, *HARMLESS)
     items = []
     for number, action in enumerate(actions):
-        items.append(("a", row(f"rows:{2 * number + 1}", action=action)))
-        items.append(("a", row(f"rows:{2 * number + 2}")))
+        for asked in (row(f"rows:{2 * number + 1}", action=action), row(f"rows:{2 * number + 2}")):
+            items.append(RewardedAnswer("a", "a", asked))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("TMPDIR", str(folder))
-        patch.setattr(process, "MAX_FAULTS", 100)
+        patch.setattr(process, "MIN_FAULTS", 1000)
+        patch.setattr(process, "SHOWN_FAULTS", 1000)
         Path("mine.py").write_text(OWN)
         with (
             time_limit(200),
             logged_lines() as lines,
             ScorerPool(["mine.py:do"], own_seconds=0.5, count=2) as pool,
         ):
-            scores = pool.scores("mine.py:do", items)
+            found = pool.score_all("mine.py:do", items)
+            scores = [each and each["do"] for each in found]
         # A killed process can exist until it gets a core.
         deadline = time.monotonic() + 30
         while processes_of(f"TMPDIR={folder}") and time.monotonic() < deadline:
             time.sleep(0.1)
         assert processes_of(f"TMPDIR={folder}") == []
-    found = {}
+    by_action = {}
     for number, action in enumerate(actions):
         told = [line for line in lines if holds(line, f"rows:{2 * number + 1}")]
-        found[action] = (scores[2 * number], scores[2 * number + 1], told)
-    return found
+        by_action[action] = (scores[2 * number], scores[2 * number + 1], told)
+    return by_action
 
 
 @pytest.mark.parametrize("action", FAULTS)
@@ -201,7 +209,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any] | str, str | None, list[obje
     "all rewards 0": ({}, SCORE + "return 0", "method.reward", [8]),
     "syntax error": ({}, "def do(", "r.py:do", ["r.py", 1]),
     "no function": ({}, "do = 3", "r.py:do", ["do"]),
-    "one argument": ({}, "def do(answer): return 1", "train.jsonl:3", ["TypeError"]),
+    "one argument": ({}, "def do(answer): return 1", "r.py:do", ["do(answer)"]),
     "fails": ({}, SCORE + "return 1 / 0", "train.jsonl:3", ["ZeroDivisionError", "r.py:1"]),
     "hangs": ({"method": {"reward_seconds": 0.2}}, SCORE + "\n while True: pass", "train.jsonl:3", [0.2]),
 }  # fmt: skip

@@ -8,17 +8,20 @@ with torch's threads, does not run the user's script again, and does not receive
 terminal.
 """
 
+import ctypes
 import os
 import pickle
+import secrets
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing.connection import wait
 from queue import SimpleQueue
+from threading import TIMEOUT_MAX, Timer
 from typing import Generic, TypeVar
 
 import psutil
@@ -29,6 +32,11 @@ from tunesmith.host.child_output import exit_text
 
 # Time in which a worker whose pipe is closed has to exit before it is killed.
 SECONDS_TO_EXIT = 1
+# Environment variable by which the processes of a worker are found.
+_MARK = "TUNESMITH_WORKER"
+# Options of Linux's prctl.
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -90,8 +98,9 @@ class Worker(Generic[Task, Result]):
             " from tunesmith.data.workers import serve; serve()"
         )
         # Disable the tokenizer's threads, because each CPU core already has a worker.
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         self.what = what
+        self.mark = secrets.token_hex(8)
+        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", _MARK: self.mark}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
@@ -116,6 +125,11 @@ class Worker(Generic[Task, Result]):
         answers = self.process.stdout
         assert requests is not None
         assert answers is not None
+        began = time.monotonic()
+        # The function can write a part of a result, so that the pipe is readable without a result.
+        limit = Timer(TIMEOUT_MAX if seconds is None else seconds, self.kill)
+        limit.daemon = True
+        limit.start()
         # The notation of errors and the function must be sent before the first task. Until then,
         # `_unsent` contains them.
         self._unsent.append(task)
@@ -123,9 +137,10 @@ class Worker(Generic[Task, Result]):
             while self._unsent:
                 pickle.dump(self._unsent.pop(0), requests)
             requests.flush()
-            is_late = seconds is not None and not wait([answers.fileno()], seconds)
-            answer: Result | Exception = TimeoutError() if is_late else pickle.load(answers)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            answer: Result | Exception = pickle.load(answers)
+        except Exception as error:  # the function can write anything to the pipe
+            if seconds is not None and time.monotonic() - began >= seconds:
+                raise TimeoutError from None
             # The function may have closed or written to the pipe without ending the process.
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(SECONDS_TO_EXIT)
@@ -136,25 +151,54 @@ class Worker(Generic[Task, Result]):
                 why=exit_text(self.process.wait()),
                 fix="close other programs to free memory, and start again",
             ) from error
+        finally:
+            limit.cancel()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def close(self) -> None:
-        """Kill the process and the processes that it has started, even if it runs a task."""
+    def kill(self) -> None:
+        """Kill the process and the processes that it has started, also daemons."""
         # A process that the function has started can have a session of its own. Stop the function
         # first, so that it starts no other process after this list.
-        started = []
-        with suppress(psutil.NoSuchProcess):
-            worker = psutil.Process(self.process.pid)
-            worker.suspend()
-            started = worker.children(recursive=True)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        started: list[psutil.Process] = []
+        if self.process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                worker = psutil.Process(self.process.pid)
+                worker.suspend()
+                started = worker.children(recursive=True)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        else:
+            # The children of a process that has ended belong to the system's first process.
+            for process in psutil.process_iter():
+                with suppress(psutil.Error, OSError):
+                    if process.environ().get(_MARK) == self.mark:
+                        started.append(process)
         for process in started:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.communicate()
+
+    def close(self) -> None:
+        """Kill the process and the processes that it has started, even if it runs a task."""
+        self.kill()
+        # Do not wait for the end of the pipes: a process that was not found can hold them.
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
+        self.process.wait()
+
+
+def _prctl(option: int, value: int) -> None:
+    """Set an option of this process. It has no effect if the system is not Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that has started it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def serve() -> None:
@@ -168,6 +212,8 @@ def serve() -> None:
     # Close stdin, so that the function and its processes cannot read the tasks.
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # Daemons of the function become children of this process, so that `Worker.kill` finds them.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # EOFError means that stdin has ended. The worker exits in this case.
     with suppress(EOFError, BrokenPipeError):
         NOTATION.set(pickle.load(requests))

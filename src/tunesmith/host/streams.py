@@ -16,7 +16,8 @@ DEFAULT_COLUMNS = 100
 # Parts of a text that must stay on one line, because users copy them: commands, settings of a
 # recipe (key=value), and comments after a command. If a comment were broken into two lines, the
 # shell would run the second line as a command.
-_SETTING = r"""[\w.]+=(?:"[^"]*"|'[^']*'|\S+)"""
+# A setting begins at the start of a word. Otherwise, each letter of a long word would be tried.
+_SETTING = r"""(?<![\w.])[\w.]+=(?:"[^"]*"|'[^']*'|\S+)"""
 _COPIED = re.compile(
     r"\b(?:tunesmith|pip|git|cd|ollama|vllm|tensorboard|ssh) [^;,)#]*[^;,)#\s]"
     rf"|`[^`]*`|{_SETTING}(?: {_SETTING})*"

@@ -4,21 +4,34 @@ A scorer of the user can do anything: it can hang, exit, fork, or print without 
 the error names the scorer and the row, and other answers can still be scored.
 """
 
+import faulthandler
 import logging
 import os
 import resource
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-from tunesmith.data.workers import Worker
+from tunesmith.data.workers import Worker, end_with_parent
 from tunesmith.errors import DataError, MachineError, RunError, UsageError
-from tunesmith.scoring.scorers import SCORERS, ScoredRow, find_scorer, score_answer
+from tunesmith.scoring.own_scorers import OwnScorer, load_own_scorer
+from tunesmith.scoring.scorers import (
+    SCORERS,
+    AnswerScores,
+    RewardedAnswer,
+    ScoredRow,
+    Scorer,
+    find_scorer,
+    own_scorer_file,
+    score_answer,
+)
 from tunesmith.scoring.tool_calls import CallReader
 
 log = logging.getLogger(__name__)
@@ -33,8 +46,15 @@ LOAD_SECONDS = 120
 # file, of which the first MAX_SHOWN_BYTES are shown.
 MAX_WRITTEN_BYTES = 256 << 20
 MAX_SHOWN_BYTES = 4000
-# Number of answers whose scorers may fail in one call of `ScorerPool.scores`.
-MAX_FAULTS = 2
+# The scoring ends with an error if a scorer fails for this share of the answers of one call of
+# `ScorerPool.score_all`, and for at least MIN_FAULTS answers.
+FAULT_SHARE = 0.1
+MIN_FAULTS = 3
+SHOWN_FAULTS = 3  # number of faults that one call of `ScorerPool.score_all` logs with their cause
+POLL_SECONDS = 0.2  # interval in which a scoring asks whether it is cancelled
+# Time after its limit in which the parent kills the process. Later, the process ends by itself,
+# because the parent was killed.
+SECONDS_TO_BE_KILLED = 5
 
 
 class _Call(NamedTuple):
@@ -42,17 +62,29 @@ class _Call(NamedTuple):
 
     Attributes:
         name: name of the scorer.
-        answer: the answer. None: the scorer only checks the row, and the result is 0.
-        row: the row of the answer. None: the scorer is only loaded, and the result is 0.
+        seconds: the time limit of the task.
+        row: the row that the scorer checks. None: it scores answers, or it is only loaded.
+        answers: the answers to score, which are answers to one row.
+        state, limit: see `OwnScorer.scores`.
     """
 
     name: str
-    answer: str | None = None
+    seconds: float
     row: ScoredRow | None = None
+    answers: tuple[RewardedAnswer, ...] = ()
+    state: Mapping[str, float] = {}
+    limit: float = 1
 
 
-# Keep the scorers in the process, because loading a file of the user may take seconds.
-_cached_scorer = cache(find_scorer)
+@cache
+def _cached_scorer(name: str, call_reader: CallReader | None) -> Scorer | OwnScorer:
+    """Load a scorer once in the process, because loading a file of the user may take seconds."""
+    if name in SCORERS:
+        return find_scorer(name, call_reader)
+    # The file can import files beside it, as `python rewards.py` can.
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(own_scorer_file(name)[0].absolute().parent))
+    return load_own_scorer(name)
 
 
 @cache
@@ -62,6 +94,7 @@ def _limit_process() -> tuple[int, int]:
     Returns:
         Descriptors of the file to which printed text is written, and of the previous stderr.
     """
+    end_with_parent()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = MAX_WRITTEN_BYTES if hard == resource.RLIM_INFINITY else min(hard, MAX_WRITTEN_BYTES)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -78,22 +111,32 @@ def _limit_process() -> tuple[int, int]:
     return printed, terminal
 
 
-def _run_scorer(call_reader: CallReader | None, call: _Call) -> float:
-    """Return the score of an answer. This function runs in the scorers' process."""
+def _run_scorer(call_reader: CallReader | None, call: _Call) -> list[AnswerScores] | bool:
+    """Run a task. This function runs in the scorers' process.
+
+    Return the scores of the answers. Without answers, return whether the scorer takes a group.
+    """
     printed, terminal = _limit_process()
     process = os.getpid()
+    limit = call.seconds + SECONDS_TO_BE_KILLED
+    faulthandler.dump_traceback_later(limit, exit=True, file=printed)
     try:
         scorer = _cached_scorer(call.name, call_reader)
-        if call.row is None:
-            return 0.0
-        if call.answer is None:
+        if isinstance(scorer, OwnScorer):
+            if not call.answers:
+                return scorer.takes_group
+            return scorer.scores(call.answers, call.state, call.limit)
+        if call.row is not None:
             scorer.check(call.row)
-            return 0.0
-        return score_answer(scorer, call.answer, call.row)
+        for answer in call.answers:
+            score = score_answer(scorer, answer.text_for(call.name), answer.row)
+            return [{call.name: score}]
+        return False
     finally:
         # A fork of the scorer must not send a second result.
         if os.getpid() != process:
             os._exit(0)
+        faulthandler.cancel_dump_traceback_later()
         os.write(terminal, os.pread(printed, MAX_SHOWN_BYTES, 0))
         os.ftruncate(printed, 0)
 
@@ -104,7 +147,12 @@ class ScorerProcess:
     Args:
         names: names of scorers.
         call_reader: parser for tool calls, see `find_scorer`.
-        own_seconds: time limit for a scorer of the user.
+        own_seconds: time limit for one answer in a scorer of the user.
+        limit: see `OwnScorer.scores`.
+
+    Attributes:
+        group_scorers: names of the scorers that get all answers to a row. They are known after the
+            start.
     """
 
     def __init__(
@@ -112,21 +160,25 @@ class ScorerProcess:
         names: Sequence[str],
         call_reader: CallReader | None = None,
         own_seconds: float | None = None,
+        limit: float = 1,
     ) -> None:
         self.names = names
         self.own_seconds = OWN_SCORER_SECONDS if own_seconds is None else own_seconds
+        self.limit = limit
+        self.group_scorers: list[str] = []
         self._function = partial(_run_scorer, call_reader)
-        self._worker: Worker[_Call, float] | None = None
+        self._worker: Worker[_Call, Any] | None = None
 
-    def start(self) -> Worker[_Call, float]:
+    def start(self) -> Worker[_Call, Any]:
         """Start the process if it does not run, and load the scorers.
 
-        Raise UsageError as `find_scorer`, and if a file takes too long or ends the process.
+        Raise UsageError as `load_own_scorer`, and if a file takes too long or ends the process.
         """
         if self._worker is None:
             self._worker = Worker(self._function, "the scorers' process")
             for name in self.names:
-                self._call(_Call(name), f"--score {name}", UsageError)
+                if self._call(_Call(name, LOAD_SECONDS), f"--score {name}", UsageError):
+                    self.group_scorers.append(name)
         return self._worker
 
     def __enter__(self) -> Self:
@@ -140,6 +192,11 @@ class ScorerProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def kill(self) -> None:
+        """Kill the process, so that a thread that waits for it gets an error."""
+        if self._worker is not None:
+            self._worker.kill()
+
     def close(self) -> None:
         if self._worker is not None:
             self._worker.close()
@@ -147,27 +204,24 @@ class ScorerProcess:
 
     def check(self, name: str, row: ScoredRow) -> None:
         """Raise DataError if the scorer cannot score the row."""
-        if name in SCORERS and not row.is_answered:
-            raise DataError(
-                "the row has no answer",
-                where=row.where,
-                why=f"the scorer {name} compares answers with it",
-                fix="write the answer, delete the row, or use your own scorer",
-            )
-        self._call(_Call(name, None, row), row.where, DataError)
+        row.check(name)
+        if name in SCORERS:
+            self._call(_Call(name, SCORER_SECONDS, row), row.where, DataError)
 
-    def score(self, name: str, answer: str, row: ScoredRow) -> float:
-        """Return the score of an answer.
+    def score(
+        self, name: str, answers: Sequence[RewardedAnswer], state: Mapping[str, float] = {}
+    ) -> list[AnswerScores]:
+        """Return the scores of answers to one row: one answer, unless the scorer takes a group.
 
         Raise RunError if the scorer fails, ends its process or takes too long.
         """
-        return self._call(_Call(name, answer, row), row.where, RunError)
+        seconds = SCORER_SECONDS if name in SCORERS else self.own_seconds * len(answers)
+        call = _Call(name, seconds, None, tuple(answers), state, self.limit)
+        scores: list[AnswerScores] = self._call(call, answers[0].row.where, RunError)
+        return scores
 
-    def _call(self, call: _Call, where: str, error: type[UsageError] | type[RunError]) -> float:
-        is_own = call.name not in SCORERS
-        seconds = self.own_seconds if is_own else SCORER_SECONDS
-        if call.row is None:
-            seconds = LOAD_SECONDS
+    def _call(self, call: _Call, where: str, error: type[UsageError] | type[RunError]) -> Any:
+        seconds = call.seconds
         worker = self._worker or self.start()
         try:
             return worker(call, where, seconds)
@@ -176,10 +230,10 @@ class ScorerProcess:
             what = f"the scorer {call.name} takes longer than {seconds:g} seconds"
             why = "a regular expression such as (a+)+$ can need exponential time on this text"
             fix = "remove nested repeats from the pattern or schema of the row"
-            if is_own:
+            if call.name not in SCORERS:
                 why = "the scorer may be in an endless loop, or may wait for something"
-                fix = f"fix the scorer: one row may take at most {seconds:g} seconds"
-            if call.row is None:
+                fix = f"fix the scorer: one answer may take at most {self.own_seconds:g} seconds"
+            if error is UsageError:
                 what = f"the file of {call.name} takes longer than {seconds:g} seconds to load"
                 fix = "start no work when the file is loaded, only define functions"
         except MachineError as fault:
@@ -195,8 +249,8 @@ class ScorerPool:
     """Several processes that score answers at the same time. Use it in a `with` statement.
 
     Args:
+        names, call_reader, own_seconds, limit: as for `ScorerProcess`.
         count: number of processes.
-        names, call_reader, own_seconds: as for `ScorerProcess`.
     """
 
     def __init__(
@@ -204,10 +258,13 @@ class ScorerPool:
         names: Sequence[str],
         call_reader: CallReader | None = None,
         own_seconds: float | None = None,
+        limit: float = 1,
         *,
         count: int = 1,
     ) -> None:
-        self._processes = [ScorerProcess(names, call_reader, own_seconds) for _ in range(count)]
+        self._processes = [
+            ScorerProcess(names, call_reader, own_seconds, limit) for _ in range(count)
+        ]
         self._idle = SimpleQueue[ScorerProcess]()
         for process in self._processes:
             self._idle.put(process)
@@ -218,11 +275,17 @@ class ScorerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Kill the processes first, because `shutdown` waits for the results of running tasks.
+        self._kill()
         self._threads.shutdown(cancel_futures=True)
         self.close()
 
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
     def close(self) -> None:
-        """End the processes. A later call of `scores` starts them again."""
+        """End the processes. A later call of `score_all` starts them again."""
         for process in self._processes:
             process.close()
 
@@ -230,43 +293,58 @@ class ScorerPool:
         """Raise DataError if the scorer cannot score the row."""
         self._processes[0].check(name, row)
 
-    def scores(
+    def score_all(
         self,
         name: str,
-        answers: Sequence[tuple[str, ScoredRow]],
+        answers: Sequence[RewardedAnswer],
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> list[float | None]:
-        """Return the score of each answer. It is None if the scorer has failed, which is logged.
+        state: Mapping[str, float] = {},
+    ) -> list[AnswerScores | None]:
+        """Return the scores of each answer. They are None if the scorer failed, which is logged.
 
         Args:
-            cancelled: function that is called after each score. If it returns True, the remaining
-                scores are None.
+            answers: answers to several rows. All answers to one row follow each other.
+            cancelled: function that is called several times a second. If it returns True, the
+                processes are killed, and the scores of all answers are None.
+            state: see `OwnScorer.scores`.
 
-        Raise RunError if the scorer has failed for more than MAX_FAULTS answers.
+        Raise RunError if the scorer has failed for FAULT_SHARE of the answers.
         """
+        first = self._processes[0]
+        first.start()
+        groups = [[answer] for answer in answers]
+        if name in first.group_scorers:
+            groups = [[*group] for _, group in groupby(answers, key=lambda answer: id(answer.row))]
 
-        is_cancelled = False
-
-        def score(answer: str, row: ScoredRow) -> float | RunError | None:
-            if is_cancelled:
-                return None
+        def score(group: list[RewardedAnswer]) -> list[AnswerScores] | RunError:
             process = self._idle.get()
             try:
-                return process.score(name, answer, row)
+                return process.score(name, group, state)
             except RunError as error:
                 return error
             finally:
                 self._idle.put(process)
 
-        found = self._threads.map(lambda item: score(*item), answers)
-        scores: list[float | None] = []
-        faults: list[RunError] = []
-        for result in found:
-            is_cancelled = is_cancelled or cancelled()
-            if isinstance(result, RunError):
-                faults.append(result)
-                if len(faults) > MAX_FAULTS:
-                    raise result
-                log.warning(f"{result.where}: {result.what}; {result.why}")
-            scores.append(None if isinstance(result, RunError) else result)
+        scores: list[AnswerScores | None] = []
+        failed = 0
+        futures = [self._threads.submit(score, group) for group in groups]
+        try:
+            for group, future in zip(groups, futures, strict=True):
+                while not wait([future], POLL_SECONDS).done or cancelled():
+                    if cancelled():
+                        self._kill()
+                        return [None] * len(answers)
+                result = future.result()
+                if isinstance(result, RunError):
+                    failed += len(group)
+                    if failed >= max(MIN_FAULTS, FAULT_SHARE * len(answers)):
+                        raise result
+                    if failed <= SHOWN_FAULTS:
+                        log.warning(f"{result.where}: {result.what}; {result.why}")
+                scores += [None] * len(group) if isinstance(result, RunError) else result
+        finally:
+            for future in futures:
+                future.cancel()
+        if failed > SHOWN_FAULTS:
+            log.warning(f"the scorer {name} failed for {failed} of {len(answers)} answers")
         return scores

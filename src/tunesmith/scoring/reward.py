@@ -1,7 +1,7 @@
 """The reward of reinforcement learning: the weighted sum of the recipe's scorers."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -9,20 +9,13 @@ from tunesmith.config.schema import MethodConfig
 from tunesmith.data.text.template import Template
 from tunesmith.scoring.process import ScorerPool
 from tunesmith.scoring.rows import read_call_form
-from tunesmith.scoring.scorers import TOOL_CALL, ScoredRow, check_scorer_names
-
-
-class RewardedAnswer(NamedTuple):
-    """An answer to a row.
-
-    Attributes:
-        text: the text without special tokens.
-        raw: the text with special tokens.
-    """
-
-    text: str
-    raw: str
-    row: ScoredRow
+from tunesmith.scoring.scorers import (
+    TOOL_CALL,
+    AnswerScores,
+    RewardedAnswer,
+    check_scorer_names,
+    scorer_label,
+)
 
 
 class Reward(ScorerPool):
@@ -40,28 +33,38 @@ class Reward(ScorerPool):
         self.names = check_scorer_names(method.reward)
         self.weights = method.reward_weights or (1.0,) * len(self.names)
         reader = read_call_form(template) if TOOL_CALL in self.names else None
-        super().__init__(self.names, reader, method.reward_seconds, count=count)
+        super().__init__(self.names, reader, method.reward_seconds, math.inf, count=count)
 
     def of(
         self,
         answers: Sequence[RewardedAnswer],
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> np.ndarray:
-        """Return the reward of each answer, fp64 [n]. A scorer that fails gives 0.
+        state: Mapping[str, float] = {},
+    ) -> tuple[np.ndarray, list[AnswerScores]]:
+        """Return the reward of each answer, fp64 [n], and its scores by the names in records.
+
+        A reward is the weighted sum of the scores. A scorer that fails gives 0. A function of TRL's
+        form can leave an answer out (None). An answer without any score gets the mean reward of the
+        other answers to its row, so that it teaches nothing.
 
         Args:
-            cancelled: function that is called after each score. If it returns True, the remaining
-                answers are not scored.
+            answers: answers to several rows. All answers to one row follow each other.
+            cancelled, state: see `ScorerPool.score_all`.
 
         Raise RunError if a scorer fails often.
         """
-        rewards = np.zeros(len(answers))
+        scores: list[AnswerScores] = [{} for _ in answers]
+        sums = np.zeros(len(answers))
+        counts = np.zeros(len(answers))
         for name, weight in zip(self.names, self.weights, strict=True):
-            # Tool calls and some references contain special tokens.
-            items = [
-                (raw if name == TOOL_CALL or row.is_special else text, row)
-                for text, raw, row in answers
-            ]
-            scores = self.scores(name, items, cancelled)
-            rewards += weight * np.array([score or 0.0 for score in scores])
-        return rewards
+            label = scorer_label(name)
+            for i, found in enumerate(self.score_all(name, answers, cancelled, state)):
+                scores[i] |= {label: 0.0} if found is None else found
+                if label in scores[i]:
+                    sums[i] += weight * scores[i][label]
+                    counts[i] += 1
+        rows = np.array([id(answer.row) for answer in answers])
+        for i in np.flatnonzero(counts == 0).tolist():
+            others = sums[(rows == rows[i]) & (counts > 0)]
+            sums[i] = others.mean() if len(others) else 0.0
+        return sums, scores

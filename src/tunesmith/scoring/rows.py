@@ -32,16 +32,25 @@ def make_scored_row(
     """
     calls = 0
     tools = None
+    prompt: object = getattr(sample, "prompt", "")
     if isinstance(sample, Conversation):
+        prompt = sample.messages[:-1]
         calls = len(sample.messages[-1].get("tool_calls") or ())
         tools = sample.tools
     raw = template.answer(sample, where=where) if has_answer(sample) else ""
     if not raw.strip():
-        return ScoredRow("", "", row, where)
+        return ScoredRow("", "", row, where, prompt=row.get("prompt", prompt))
     reference = template.without_special_tokens(raw)
     is_special = not reference.strip()
     return ScoredRow(
-        raw if is_special else reference, raw, row, where, calls, bool(tools), is_special
+        raw if is_special else reference,
+        raw,
+        row,
+        where,
+        calls,
+        bool(tools),
+        is_special,
+        row.get("prompt", prompt),
     )
 
 

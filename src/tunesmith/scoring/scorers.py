@@ -3,27 +3,22 @@
 A scorer has a name, a function that checks a row, and a function that scores an answer. Scorers
 need no torch and no model, so saved answers can be scored again quickly. All rows are checked
 before the first answer is generated, and an invalid reference raises an error. If an answer is
-invalid, its score is 0. Scorers run in other processes, see `process.py`.
+invalid, its score is 0. Scorers run in other processes, see `process.py`. The user's own functions
+are in `own_scorers.py`.
 """
 
 import difflib
 import json
 import re
-import reprlib
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from numbers import Real
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import regex
 
 from tunesmith.errors import DataError, RunError, TunesmithError, UsageError, first_line
-from tunesmith.host.shell import shell_path
 from tunesmith.scoring import text
 from tunesmith.scoring.json_fields import equal_fields, parse_strict, schema_validator
 from tunesmith.scoring.tool_calls import CallReader, call_score
@@ -33,6 +28,8 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 SCHEMA = "schema"  # name of the column with the JSON schema of a row
+REFERENCE = "reference"  # name under which the user's scorer gets the answer of a row
+MAX_REASON_CHARS = 2000  # maximum length of a scorer's error
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class ScoredRow:
         has_tools: whether the row lists tools.
         is_special: whether the reference consists only of special tokens. If so, the special tokens
             of the model's answer are also compared.
+        prompt: the prompt as TRL passes it: a text, or messages.
     """
 
     reference: str
@@ -58,11 +56,60 @@ class ScoredRow:
     calls: int = 0
     has_tools: bool = False
     is_special: bool = False
+    prompt: object = ""
 
     @property
     def is_answered(self) -> bool:
         """Return whether the row has an answer."""
         return bool(self.raw_reference)
+
+    def check(self, scorer: str) -> None:
+        """Raise DataError if a scorer cannot score any answer to the row."""
+        if scorer in SCORERS and not self.is_answered:
+            raise DataError(
+                "the row has no answer",
+                where=self.where,
+                why=f"the scorer {scorer} compares answers with it",
+                fix="write the answer, delete the row, or use your own scorer",
+            )
+        if self.is_answered and self.row.get(REFERENCE, self.reference) != self.reference:
+            raise DataError(
+                f"the row has an answer and another column {REFERENCE}",
+                where=self.where,
+                why=f'a scorer reads the answer of a row as row["{REFERENCE}"]',
+                fix=f"give the column {REFERENCE} another name",
+            )
+
+
+# The scores of one answer, by the labels of the scorers, and the values that they have logged.
+AnswerScores = dict[str, float]
+
+
+def scorer_label(name: str) -> str:
+    """Return the name of a scorer in records: the function of `file.py:function`."""
+    return name.rpartition(":")[2]
+
+
+class RewardedAnswer(NamedTuple):
+    """An answer to a row.
+
+    Attributes:
+        text: the text without special tokens.
+        raw: the text with special tokens.
+        ids: the tokens of the answer, with its end token.
+        finished: whether the answer ended by itself. False: it was cut off.
+    """
+
+    text: str
+    raw: str
+    row: ScoredRow
+    ids: Sequence[int] = ()
+    finished: bool = True
+
+    def text_for(self, scorer: str) -> str:
+        """Return the text that a scorer compares."""
+        # Tool calls and some references contain special tokens.
+        return self.raw if scorer == TOOL_CALL or self.row.is_special else self.text
 
 
 @dataclass(frozen=True)
@@ -82,19 +129,15 @@ class Scorer:
 
 
 def find_scorer(name: str, call_reader: CallReader | None = None) -> Scorer:
-    """Return the scorer with this name.
+    """Return the scorer of SCORERS with this name.
 
     Args:
-        name: a name in SCORERS, or `file.py:function` for a scorer of the user.
         call_reader: parser for tool calls in the format of the chat template; None if the format is
             not supported.
 
-    Raises:
-        UsageError: the scorer does not exist, or its file cannot be used.
+    Raise UsageError if tool calls cannot be scored.
     """
-    if name in _TEXT_SCORERS:
-        return _TEXT_SCORERS[name]
-    return _tool_call_scorer(call_reader) if name == TOOL_CALL else load_own_scorer(name)
+    return _tool_call_scorer(call_reader) if name == TOOL_CALL else _TEXT_SCORERS[name]
 
 
 def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
@@ -107,41 +150,32 @@ def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
         names = [names]
     for name in names:
         if name not in SCORERS:
-            _own_scorer_file(name)
+            own_scorer_file(name)
     return names
 
 
 def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
-    """Return the score of one answer.
-
-    Raise RunError if the scorer fails, or if it does not return a number from 0 to 1.
-    """
+    """Return the score of one answer. Raise RunError if the scorer fails."""
     try:
-        value = scorer.score(answer, row)
-    except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return scorer.score(answer, row)
+    except Exception as error:
         raise RunError(
             f"the scorer {scorer.name} failed",
             where=row.where,
-            why=f"{_reason(error)} ({Path(frame.filename).name}:{frame.lineno})",
-            fix="fix the scorer, then run the same command again; the answers are kept",
+            why=error_reason(error),
+            fix="fix the row, then run the same command again; the answers are kept",
         ) from error
-    if not isinstance(value, Real) or not 0 <= value <= 1:
-        raise RunError(
-            f"the scorer {scorer.name} did not return a number from 0 to 1",
-            where=row.where,
-            why=f"the scorer returned {reprlib.repr(value)}",
-            fix="return a float from 0 to 1, then run the same command again; the answers are kept",
-        )
-    return float(value)
 
 
-def _reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
+    """Return the class and the text of an error as one text that can be written to any file."""
     try:
         text = f": {error}".rstrip(": ")
     except Exception:  # the error of a scorer can be of any class
         text = ""
-    return type(error).__name__ + text
+    # The text can have 10 MB, and halves of surrogates, which have no encoding.
+    reason = (type(error).__name__ + text)[:MAX_REASON_CHARS]
+    return reason.encode(errors="backslashreplace").decode()
 
 
 def _check_not_blank(row: ScoredRow) -> None:
@@ -278,7 +312,7 @@ TOOL_CALL = "tool-call"
 SCORERS = (*_TEXT_SCORERS, TOOL_CALL)
 
 
-def _own_scorer_file(name: str) -> tuple[Path, str]:
+def own_scorer_file(name: str) -> tuple[Path, str]:
     """Return the file and the function that `file.py:function` names.
 
     Raise UsageError if the name has another form, or if there is no such file.
@@ -299,44 +333,3 @@ def _own_scorer_file(name: str) -> tuple[Path, str]:
             f"there is no file {file}", where=f"--score {name}", fix="correct the path of the file"
         )
     return path, function
-
-
-def load_own_scorer(name: str) -> Scorer:
-    """Load the user's scorer `file.py:function`.
-
-    The function is called with (answer, row). The row is a copy. If it has an answer, the key
-    `reference` is added.
-
-    Raise UsageError if the file cannot be loaded or lacks the function.
-    """
-    path, function_name = _own_scorer_file(name)
-    where = f"--score {name}"
-    module = ModuleType(f"tunesmith_scorer_{path.stem}")
-    module.__file__ = str(path)
-    # Register the module in sys.modules, because decorators such as `dataclass` look up the module
-    # of a class by name.
-    sys.modules[module.__name__] = module
-    try:
-        # Execute the file instead of importing it. An import would write __pycache__ next to it.
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"{path.name} cannot be loaded",
-            where=where,
-            why=_reason(error),
-            fix=f"run the file alone to see the failing line: python {shell_path(path)}",
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UsageError(
-            f"{path.name} has no function {function_name}",
-            where=where,
-            fix=f"define the function: def {function_name}(answer: str, row: dict) -> float",
-        )
-
-    def score(answer: str, row: ScoredRow) -> float:
-        own_answer = {"reference": row.reference} if row.is_answered else {}
-        value: float = function(answer, {**row.row, **own_answer})
-        return value
-
-    return Scorer(name, score)

@@ -10,9 +10,9 @@ from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
 from tunesmith.errors import DataError, RecipeError, RunError, UsageError
 from tunesmith.model.model_types import Support
-from tunesmith.scoring.reward import Reward, RewardedAnswer
+from tunesmith.scoring.reward import Reward
 from tunesmith.scoring.rows import make_scored_row
-from tunesmith.scoring.scorers import SCORERS, check_scorer_names
+from tunesmith.scoring.scorers import SCORERS, RewardedAnswer, check_scorer_names
 
 # Number of rows whose own answers are scored.
 SCORED_ROWS = 64
@@ -112,11 +112,13 @@ def own_rewards(run: Run, data: TrainingData) -> OwnRewards | None:
             for i in range(min(len(tokens), CHECKED_ROWS if compared else SCORED_ROWS)):
                 sample = tokens.sample(i, run.data.system)
                 row = make_scored_row(data.template, sample, tokens.row(i), tokens.where(i))
-                for name in compared:
+                for name in names:
                     reward.check(name, row)
                 if row.is_answered and tokens is data.train and len(items) < SCORED_ROWS:
-                    items.append(RewardedAnswer(row.reference, row.raw_reference, row))
-        values = reward.of(items).tolist()
+                    raw = row.raw_reference
+                    ids = data.template.tokenizer.encode(raw, add_special_tokens=False)
+                    items.append(RewardedAnswer(row.reference, raw, row, ids))
+        values = reward.of(items)[0].tolist()
     if not items:
         return None
     places = [item.row.where for item in items]

@@ -30,8 +30,9 @@ from tunesmith.methods.grpo import answer_weights
 from tunesmith.model.slots import answers_at_once
 from tunesmith.parallel.shard import unsharded
 from tunesmith.run_dir import ROLLOUTS, rollout_files
-from tunesmith.scoring.reward import Reward, RewardedAnswer
+from tunesmith.scoring.reward import Reward
 from tunesmith.scoring.rows import make_scored_row
+from tunesmith.scoring.scorers import AnswerScores, RewardedAnswer
 from tunesmith.training.answer_groups import (
     answer_batches,
     group_examples,
@@ -55,6 +56,8 @@ class Rollout:
     answer: SampledIds
     reward: float
     text: str
+    # Scores and values that the scorers have logged, by their names in records.
+    scores: AnswerScores
 
 
 class RewardedSampling:
@@ -116,7 +119,7 @@ class RewardedSampling:
             return None
         rewarded: dict[int, list[Rollout]] = {}
         with session.ranks.raise_on_all_ranks():
-            rewarded = self._reward(tokens, indices, mine, stop.cancels_sampling)
+            rewarded = self._reward(tokens, indices, mine, step, stop.cancels_sampling)
         stop.agree()
         if stop.is_due():
             return None
@@ -130,6 +133,7 @@ class RewardedSampling:
         tokens: TokenSet,
         indices: Sequence[int],
         groups: dict[int, list[SampledIds]],
+        step: int,
         cancelled: Callable[[], bool],
     ) -> dict[int, list[Rollout]]:
         """Reward answers. Raise RunError if a scorer fails often."""
@@ -143,9 +147,10 @@ class RewardedSampling:
             for answer in group:
                 ids = answer.ids[:-1] if answer.finished else answer.ids
                 raw = decode(tokenizer, ids, with_special=True)
-                items.append(RewardedAnswer(decode(tokenizer, ids), raw, row))
+                text = decode(tokenizer, ids)
+                items.append(RewardedAnswer(text, raw, row, answer.ids, answer.finished))
         try:
-            rewards = self.reward.of(items, cancelled).tolist()
+            rewards, scores = self.reward.of(items, cancelled, {"global_step": step})
         except (RunError, UsageError) as error:
             raise RunError(
                 error.what,
@@ -154,12 +159,12 @@ class RewardedSampling:
                 fix=f"{error.fix.partition(', then')[0]}; to resume with a changed file, add "
                 "checkpoint.resume=force",
             ) from None
-        rewarded = iter(zip(rewards, items, strict=True))
+        rewarded = iter(zip(rewards.tolist(), scores, items, strict=True))
         rollouts: dict[int, list[Rollout]] = {n: [] for n in groups}
         for n, group in groups.items():
             for answer in group:
-                reward, item = next(rewarded)
-                rollouts[n].append(Rollout(answer, reward, item.text))
+                reward, of_answer, item = next(rewarded)
+                rollouts[n].append(Rollout(answer, reward, item.text, of_answer))
         return rollouts
 
 

@@ -119,9 +119,9 @@ def run(args: argparse.Namespace) -> None:
     decoding = read_decoding(args)
     check_samples(args.samples, decoding)
     source = find_source(rows, location.sources, args.format_name, dict(args.columns) or None)
-    kept = KeptAnswers(args.score, condition, source) if args.score else None
-    location = add_vision_if_needed(location, sample_rows(rows)[0].values())
     stop = StopRequest(interactive=True)
+    kept = KeptAnswers(args.score, condition, source, stop.requested) if args.score else None
+    location = add_vision_if_needed(location, sample_rows(rows)[0].values())
     # Open the output before the model is loaded, so that the user gets the error for an unwritable
     # output early.
     with sink, kept.pool if kept else nullcontext():

@@ -27,7 +27,7 @@ from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel
 from tunesmith.inference.sampler import Prompt
 from tunesmith.scoring.rows import make_scored_row
-from tunesmith.scoring.scorers import ScoredRow
+from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -117,19 +117,17 @@ class AnsweredRow(NamedTuple):
 
     Attributes:
         scored: the row and its answer, for scorers.
-        outputs: the texts of the model's answers.
-        finished: whether each answer ended with a stop token.
+        answers: the model's answers.
     """
 
     scored: ScoredRow
-    outputs: list[str]
-    finished: list[bool]
+    answers: list[RewardedAnswer]
 
     def with_output(self) -> Iterator[dict[str, Any]]:
         """Yield a copy of the row for each answer, with the keys `output` and `reference`."""
         reference = {"reference": self.scored.reference} if self.scored.is_answered else {}
-        for output in self.outputs:
-            yield {**self.scored.row, "output": output, **reference}
+        for answer in self.answers:
+            yield {**self.scored.row, "output": answer.text_for(""), **reference}
 
 
 def answer_rows(
@@ -169,10 +167,14 @@ def answer_rows(
     def answered() -> Iterator[AnsweredRow]:
         for i, group in answers:
             scored = prompts[i].scored
-            outputs = [answer.text for answer in group]
-            if scored.is_special:
-                outputs = [decode(loaded.tokenizer, a.ids, with_special=True) for a in group]
-            yield AnsweredRow(scored, outputs, [answer.finished for answer in group])
+            raw = [decode(loaded.tokenizer, answer.ids, with_special=True) for answer in group]
+            yield AnsweredRow(
+                scored,
+                [
+                    RewardedAnswer(answer.text, text, scored, answer.ids, answer.finished)
+                    for answer, text in zip(group, raw, strict=True)
+                ],
+            )
 
     return answered()
 

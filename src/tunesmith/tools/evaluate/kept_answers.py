@@ -6,13 +6,14 @@ Sources: Zelikman et al. 2022, arXiv:2203.14465 (STaR); Yuan et al. 2023, arXiv:
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Source
 from tunesmith.errors import UsageError
 from tunesmith.scoring.process import ScorerPool
+from tunesmith.scoring.scorers import scorer_label
 from tunesmith.tools.evaluate.generate import AnsweredRow, RowPrompt, row_with_answer
 from tunesmith.units import count_of
 
@@ -52,6 +53,7 @@ class KeptAnswers:
         scorer: name of the scorer.
         condition: the condition of `--keep`; None: all answers are written, with their scores.
         source: format and columns of the rows.
+        cancelled: see `ScorerPool.score_all`.
 
     Attributes:
         pool: the processes of the scorer.
@@ -61,7 +63,13 @@ class KeptAnswers:
     Raise UsageError if the scorer cannot be used, or if rows of this format have no single answer.
     """
 
-    def __init__(self, scorer: str, condition: Condition | None, source: Source) -> None:
+    def __init__(
+        self,
+        scorer: str,
+        condition: Condition | None,
+        source: Source,
+        cancelled: Callable[[], bool],
+    ) -> None:
         if condition is not None and source.format not in _SINGLE_ANSWER_FORMATS:
             raise UsageError(
                 f"answers to rows of the format {source.format} cannot be kept as rows for SFT",
@@ -70,6 +78,7 @@ class KeptAnswers:
                 fix="convert the rows to prompt and completion",
             )
         self.scorer = scorer
+        self.cancelled = cancelled
         self.condition = condition
         self.source = source
         self.sampled = 0
@@ -88,20 +97,21 @@ class KeptAnswers:
         Raise RunError if the scorer fails for several answers.
         """
         asked = answered.scored
-        items = [(text, asked) for text in answered.outputs]
-        scores = self.pool.scores(self.scorer, items)
+        scores = self.pool.score_all(self.scorer, answered.answers, self.cancelled)
         self.sampled += len(scores)
-        self.cut += answered.finished.count(False)
         seen = set()
-        for row, score, is_finished in zip(
-            answered.with_output(), scores, answered.finished, strict=True
+        label = scorer_label(self.scorer)
+        for row, answer, found in zip(
+            answered.with_output(), answered.answers, scores, strict=True
         ):
+            score = found[label] if found else None
+            self.cut += not answer.finished
             if self.condition is None:
                 yield {**row, "score": score}
                 continue
             text = row.pop("output")
             is_accepted = score is not None and self.condition.accepts(score)
-            if not is_finished or not is_accepted or text in seen:
+            if not answer.finished or not is_accepted or text in seen:
                 continue
             seen.add(text)
             self.kept += 1

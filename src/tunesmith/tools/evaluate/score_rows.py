@@ -34,7 +34,7 @@ from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.scoring.process import ScorerProcess
 from tunesmith.scoring.rows import read_call_form
-from tunesmith.scoring.scorers import SCORERS, TOOL_CALL, ScoredRow
+from tunesmith.scoring.scorers import SCORERS, TOOL_CALL, RewardedAnswer, ScoredRow, scorer_label
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import (
     RowPrompt,
@@ -146,6 +146,7 @@ class Scoring:
         reader = read_call_form(loaded.template) if TOOL_CALL in scorers else None
         self.scorers = list(dict.fromkeys(scorers))
         self.process = ScorerProcess(self.scorers, reader)
+        self.tokenizer = loaded.tokenizer
         self.prompts: list[RowPrompt] = []
         self.scored: list[ScoredRow] = []
         self.unanswered = 0
@@ -299,11 +300,11 @@ class Scoring:
                 continue
             scores[model] = []
             for answer, row in zip(answers, self.scored, strict=True):
-                text = answer.answer
-                # Tool calls and some references contain special tokens.
-                if answer.raw is not None and (name == TOOL_CALL or row.is_special):
-                    text = answer.raw
-                scores[model].append(self.process.score(name, text, row))
+                raw = answer.answer if answer.raw is None else answer.raw
+                ids = self.tokenizer.encode(raw, add_special_tokens=False)
+                scored = RewardedAnswer(answer.answer, raw, row, ids, answer.finished)
+                [found] = self.process.score(name, [scored])
+                scores[model].append(found[scorer_label(name)])
         return summarize_rows(name, scores)
 
 
