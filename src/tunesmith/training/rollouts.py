@@ -150,7 +150,8 @@ class RewardedSampling:
                 text = decode(tokenizer, ids)
                 items.append(RewardedAnswer(text, raw, row, answer.ids, answer.finished))
         try:
-            rewards, scores = self.reward.of(items, cancelled, {"global_step": step})
+            state = {"global_step": step, "max_steps": self.session.total_steps or -1}
+            rewards, scores = self.reward.of(items, cancelled, state)
         except (RunError, UsageError) as error:
             raise RunError(
                 error.what,

@@ -145,7 +145,7 @@ def test_a_plain_scalar_is_what_pyyaml_reads() -> None:
 RL = {
     "name": "grpo",
     "beta": 0.0,
-    "reward": ["recipe-rewards.py:my_f"],
+    "reward": ["my.py:f"],
     "group": 8,
     "answer_tokens": 512,
     "temperature": 1.0,
@@ -172,7 +172,7 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         for theirs, ours in (("group", True), (True, True), ("none", False), (False, False))
     ),
     ("trl rewards", {"reward_funcs": ["accuracy_reward", "my.module.f"], "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "num_generations": 4, "max_completion_length": 32},
-     {**RL, "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "group": 4, "answer_tokens": 32, "reward": ["recipe-rewards.py:accuracy_reward", "recipe-rewards.py:my_module_f"]}),
+     {**RL, "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "group": 4, "answer_tokens": 32, "reward": ["recipe-rewards.py:accuracy_reward", "my/module.py:f"]}),
 ]  # fmt: skip
 
 

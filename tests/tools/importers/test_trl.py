@@ -12,7 +12,8 @@ import pytest
 from invoke import invoke
 from tunesmith.config.load import load_recipe
 from tunesmith.optim.lr_schedule import scheduled_rate
-from tunesmith.scoring.scorers import ScoredRow, find_scorer, score_answer
+from tunesmith.scoring.own_scorers import load_own_scorer
+from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow
 from tunesmith.tools.importers.source_config import read_config, table
 from tunesmith.tools.importers.translate import translate
 
@@ -98,10 +99,10 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
 
 
 FUNCTIONS = """
-def halves(prompts, completions, solution, **columns):
-    (completion,) = completions
-    text = completion if isinstance(prompts[0], str) else completion[0]["content"]
-    return [None if solution == [""] else len(text) % 2 / 2]
+async def halves(prompts, completions, solution, completion_ids, trainer_state, log_metric, **columns):
+    log_metric("asked", len(completions))
+    texts = [c if isinstance(p, str) else c[0]["content"] for p, c in zip(prompts, completions)]
+    return [None if s == "" else len(t) % 2 - 0.5 for t, s in zip(texts, solution)]
 """
 
 
@@ -115,10 +116,10 @@ def test_grpo_trains_with_the_rewards_of_trl(is_chat: bool, tiny: Path, tmp_path
     words = ["import", FILE.with_name("trl-grpo.yaml"), "--world", 2, "--output", recipe, "--force"]
     assert invoke(*words).code == 0
     run = load_recipe(recipe)
-    assert run.method.reward == tuple(
-        f"{recipe.with_name('recipe-rewards.py')}:{name}"
-        for name in ("think_format_reward", "my_rewards_halves")
-    )
+    # A module of the user is beside the imported file.
+    scorers = [str(recipe.with_name("recipe-rewards.py:think_format_reward"))]
+    assert run.method.reward == (*scorers, str(FILE.with_name("my_rewards.py:halves")))
+    scorers.append(str(recipe.with_name("my_rewards.py:halves")))
     # 4 answers in a micro batch, 2 micro batches, 2 processes: 4 prompts with 4 answers each.
     assert str(run.train.global_batch) == "4 examples"
     expected = ((0.5, 1.0), 4, 16, 0.9, 0.0, "dr_grpo", "last", 16 + 1024)
@@ -131,7 +132,7 @@ def test_grpo_trains_with_the_rewards_of_trl(is_chat: bool, tiny: Path, tmp_path
     # Rows as TRL takes them, without answers.
     (recipe.parent / "my_rewards.py").write_text(FUNCTIONS)
     prompts: list[Any] = [f"Say {n}: " for n in range(8)]
-    scorers, overrides = method.reward, {}
+    overrides: dict[str, Any] = {"method.reward": scorers}
     if is_chat:
         prompts = [[{"role": "user", "content": text}] for text in prompts]
     else:
@@ -145,14 +146,13 @@ def test_grpo_trains_with_the_rewards_of_trl(is_chat: bool, tiny: Path, tmp_path
     }  # fmt: skip
     assert train(load_recipe(recipe, overrides), quiet=True).steps == 2
 
-    prompt = prompts[0]
-    scored = ScoredRow("", "", {"prompt": prompt, "solution": "1"}, "rows.jsonl:1")
-    for answer, score in (("<think>a</think>b", (1.0, 0.5)), ("abcd", (0.0, 0.0))):
-        found = [score_answer(find_scorer(name), answer, scored) for name in scorers[1 - is_chat :]]
-        assert found == [*score[1 - is_chat :]]
-    unscored = ScoredRow("", "", {"prompt": prompt, "solution": ""}, "rows.jsonl:1")
-    assert score_answer(find_scorer(scorers[1]), "abc", unscored) == 0
-    # A second import keeps what the user has changed in the scorers.
+    for answer, score in (("<think>a</think>b", 1.0), ("abcd", 0.0)):
+        scored = ScoredRow("", "", {}, "rows.jsonl:1", prompt=prompts[0])
+        answers = [RewardedAnswer(answer, answer, scored)]
+        for name in scorers[:is_chat]:
+            [found] = load_own_scorer(name).scores(answers, {}, 1)
+            assert found == {"think_format_reward": score}
+    # A second import keeps what the user has changed in the file.
     recipe.with_name("recipe-rewards.py").write_text("# mine")
     assert invoke(*words).code == 0
     assert recipe.with_name("recipe-rewards.py").read_text() == "# mine"

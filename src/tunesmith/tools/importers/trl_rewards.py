@@ -1,52 +1,30 @@
-"""Import of TRL's GRPO. Its reward functions become scorers in a file next to the recipe."""
+"""Import of TRL's GRPO: the names of its reward functions, which tunesmith calls as they are."""
 
 import os
 from pathlib import Path
 
 from tunesmith.tools.importers.translation import Translation
 
-# Reward functions of TRL that have short names.
-_TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+# Reward functions of TRL that have short names, and the lines that import them.
+_TRL_REWARDS = {
+    "accuracy_reward": "from trl.rewards import accuracy_reward",
+    "reasoning_accuracy_reward": "from trl.rewards import reasoning_accuracy_reward",
+    "think_format_reward": "from trl.rewards import think_format_reward",
+    "get_soft_overlong_punishment": "import trl.rewards\n\nget_soft_overlong_punishment = "
+    "trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)",
+}
 # Length of a prompt in tokens if the file has no limit.
 _USUAL_PROMPT_TOKENS = 1024
-_SCORER_FILE = '''"""Scorers that call reward functions for TRL. Written by `tunesmith import`.
-
-A score is from 0 to 1. If a reward function returns other numbers, scale them in its scorer.
-"""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
-def call(reward, answer, row):
-    """Call a reward function with lists of one element, as TRL does for one answer."""
-    prompt = row.get("prompt")
-    is_text = isinstance(prompt, str)
-    completion = answer if is_text else [{"role": "assistant", "content": answer}]
-    columns = {name: [row[name]] for name in row if name not in ("prompt", "completion")}
-    rewards = reward(prompts=[prompt], completions=[completion], **columns)
-    return 0.0 if rewards[0] is None else float(rewards[0])
-'''
-_SCORER = """
-
-from {module} import {function} as _{name}
-
-
-def {name}(answer, row):
-    return call(_{name}, answer, row)
-"""
-
-
-def set_rewards(recipe: Translation, wrapper: Path) -> None:
+def set_rewards(recipe: Translation, imported: Path) -> None:
     """Set the scorers, and the length of a row.
 
-    Raise UsageError if a reward function cannot be imported.
+    Raise UsageError if a reward function has no module.
 
     Args:
-        wrapper: file of the scorers, which calls TRL's functions. Its text is added to
-            `recipe.files`.
+        imported: a file that imports the reward functions of TRL's own package. Its text is added
+            to `recipe.files` if the recipe needs it.
     """
     limit = recipe.number("max_prompt_length")
     why = (
@@ -58,23 +36,26 @@ def set_rewards(recipe: Translation, wrapper: Path) -> None:
     recipe.set_key("data.seq_len", length, "max_completion_length", "max_prompt_length", why=why)
     if "method.reward" in recipe.overrides:
         return
-    text = _SCORER_FILE
+    rewards = recipe.listed("method.reward")
+    of_trl = [reward for reward in rewards if reward in _TRL_REWARDS]
+    if of_trl:
+        recipe.files[imported] = "".join(f"{_TRL_REWARDS[reward]}\n" for reward in of_trl)
     scorers = []
-    for reward in recipe.listed("method.reward"):
-        path = f"trl.rewards.{reward}" if reward in _TRL_REWARDS else reward
-        module, _, function = path.rpartition(".")
-        if not module or not path.replace(".", "_").isidentifier():
+    for reward in rewards:
+        module, _, function = reward.rpartition(".")
+        file = f"{module.replace('.', '/')}.py"
+        if reward in of_trl:
+            # Paths in the recipe are relative to the folder of the imported file.
+            file = os.path.relpath(imported, recipe.source.base)
+            function = reward
+        elif not module or not reward.replace(".", "_").isidentifier():
             raise recipe.error(
                 "method.reward",
                 f"{reward} is neither {', '.join(_TRL_REWARDS)} nor module.function",
-                "write a scorer, and add method.reward=rewards.py:FUNCTION",
+                "add method.reward=rewards.py:FUNCTION, which can also be a function for TRL",
             )
-        name = reward.replace(".", "_")
-        text += _SCORER.format(module=module, function=function, name=name)
-        # Paths in the recipe are relative to the folder of the imported file.
-        scorers.append(f"{os.path.relpath(wrapper, recipe.source.base)}:{name}")
+        scorers.append(f"{file}:{function}")
     if not scorers:
         fix = "add method.reward=exact, or method.reward=rewards.py:FUNCTION for your own scorer"
         raise recipe.error("reward_funcs", "a recipe needs a reward", fix)
-    recipe.files[wrapper] = text
     recipe.set_key("method.reward", scorers, "method.reward")
