@@ -37,9 +37,10 @@ from annotated_types import Ge, Len
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from tunesmith.config import schema
-from tunesmith.config.load import RUN_IDENTITY, RUN_RECIPE, load_recipe
+from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
+from tunesmith.config.trust import RUN_RECIPE
 from tunesmith.config.yaml_file import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
 from tunesmith.host.files import find_similar_path, relative_to_cwd
@@ -53,7 +54,7 @@ T_co = TypeVar("T_co", covariant=True)
 Fields = dict[str, Any]  # content of a JSON or YAML file with unchecked values
 
 RECIPE = RUN_RECIPE
-IDENTITY = RUN_IDENTITY
+IDENTITY = "env.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 ROLLOUTS = "rollouts"  # folder of sampled answers, one file per step

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import tunesmith
 from errors import holds
 from invoke import invoke
 from runs import make_run, peft_model
-from tunesmith.errors import EXIT_OK, EXIT_USAGE
+from tunesmith.errors import EXIT_OK, EXIT_USAGE, UsageError
 
 CODE = """
 from pathlib import Path
@@ -38,46 +40,76 @@ def stranger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "config.json").write_text(json.dumps(config))
     (base / "own_config.py").write_text(CODE.format(marker=str(folder / "ran")))
     make_run(folder / "run", base, peft_model(tiny), model={"trust_remote_code": True})
+    (folder / "own.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\ndef score(answer, row): return len(answer) % 2\n"
+    )
+    method = {"name": "grpo", "reward": str(folder / "own.py:score"), "answer_tokens": 4}
+    make_run(folder / "rl", tiny, peft_model(tiny), method=method)
     return folder
 
 
+# Commands that read the recipe of a run, and commands that load its model.
+RECIPE = ("data RUN", "data RUN --json", "data RUN/config.yaml", "data RUN/mine.yaml", "plan RUN/config.yaml", "train RUN/config.yaml", "bench RUN/config.yaml",
+          "fetch RUN/config.yaml", "sweep RUN/config.yaml train.seed=1,2", "launch local RUN/config.yaml", "launch docker RUN/config.yaml --render",
+          "launch slurm RUN/config.yaml --gpus-per-node 1 --render", "chat RUN/config.yaml")  # fmt: skip
+MODEL = ("chat RUN", "chat RUN/final --base", "eval RUN --data ROWS", "generate RUN --input ROWS --output -", "merge RUN --output OUT",
+         "export RUN --to gguf --output OUT.gguf", "export RUN --to vllm --output OUT")  # fmt: skip
+FUNCTIONS: dict[str, Callable[[Path], object]] = {
+    "inspect_data": tunesmith.inspect_data,
+    "plan": lambda run: tunesmith.plan(run / "config.yaml"),
+    "train": lambda run: tunesmith.train(run / "mine.yaml"),
+    "sweep": lambda run: tunesmith.sweep(run / "config.yaml", {"train.seed": [1, 2]}),
+}
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "load_run": tunesmith.load_run,
+    "evaluate": tunesmith.evaluate,
+    "merge": lambda run: tunesmith.merge(run, run.parent / "merged"),
+}
+
+
 @pytest.mark.parametrize(
-    "words",
-    ["data RUN", "plan RUN/config.yaml", "train RUN/config.yaml", "chat RUN", "chat RUN/final --base", "eval RUN --data ROWS",
-     "generate RUN --input ROWS --output -", "merge RUN --output OUT", "export RUN --to gguf --output OUT.gguf"],
-)  # fmt: skip
-def test_a_run_of_a_stranger_runs_no_code(words: str, stranger: Path, tmp_path: Path) -> None:
-    run = stranger / "run"
-    (run / "env.json").write_text("{}")
-    places = {"RUN": run, "ROWS": stranger / "run-rows.jsonl", "OUT": tmp_path / "out"}
-    for name, place in places.items():
-        words = words.replace(name, str(place))
-    done = invoke(*words.split())
-    assert done.code == EXIT_USAGE
-    options = ("model.trust_remote_code", "--trust-remote-code")
-    assert holds(done.err, *options, stranger / "base", run / "config.yaml")
+    ("name", "action"),
+    [(name, action) for name in ("run", "rl") for action in (*RECIPE, *FUNCTIONS)]
+    + [("run", action) for action in (*MODEL, *LOADERS)],
+)
+def test_a_run_of_a_stranger_runs_no_code(
+    name: str, action: str, stranger: Path, tmp_path: Path
+) -> None:
+    run = stranger / name
+    (run / "mine.yaml").write_text("extends: config.yaml\n")
+    function = (FUNCTIONS | LOADERS).get(action)
+    if function:
+        with pytest.raises(UsageError) as refused:
+            function(run)
+        text = str(refused.value)
+    else:
+        places = {"RUN": run, "ROWS": stranger / "run-rows.jsonl", "OUT": tmp_path / "out"}
+        for key, place in places.items():
+            action = action.replace(key, str(place))
+        done = invoke(*action.split())
+        assert done.code == EXIT_USAGE
+        text = done.err
+    code = {"run": ("model.trust_remote_code", stranger / "base"), "rl": ("method.reward", stranger / "own.py")}  # fmt: skip
+    assert holds(text, *code[name], "--trust-remote-code", run / "config.yaml")
     assert not (stranger / "ran").exists()
 
 
-def test_a_run_without_its_identity_runs_no_code(
-    stranger: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its checkpoint is enough: the recipe may be its own, or one that extends it."""
-    run = stranger / "run"
-    (run / "env.json").unlink(missing_ok=True)
-    (run / "mine.yaml").write_text("extends: config.yaml\n")
-    monkeypatch.chdir(run)
-    for name in ("config.yaml", "mine.yaml"):
-        done = invoke("data", name)
-        assert done.code == EXIT_USAGE
-        assert holds(done.err, "model.trust_remote_code", "--trust-remote-code")
+@pytest.mark.parametrize("words", ["status RUN", "report RUN --output OUT.html", "chat RUN --input ROWS", "generate RUN --input ROWS --output - --max-new-tokens 2"])  # fmt: skip
+def test_what_needs_no_scorer_runs_none(words: str, stranger: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Count", "output": "1"}\n')
+    places = {"RUN": stranger / "rl", "ROWS": rows, "OUT": tmp_path / "out"}
+    for key, place in places.items():
+        words = words.replace(key, str(place))
+    invoke(*words.split())
     assert not (stranger / "ran").exists()
 
 
 def test_it_runs_if_the_command_says_so(stranger: Path, tmp_path: Path) -> None:
     run, ran, out = stranger / "run", stranger / "ran", tmp_path / "merged"
+    flag = "--trust-remote-code"
     data = ["data", run, "model.trust_remote_code=true"]
-    for words in (data, ["merge", run, "--output", out, "--trust-remote-code"]):
+    for words in (data, ["data", run, flag], ["data", stranger / "rl", flag], ["merge", run, "--output", out, flag]):  # fmt: skip
         # Transformers imports the module again, because its text is another one.
         (stranger / "base" / "own_config.py").open("a").write(f"# {words[0]}\n")
         assert invoke(*words).code == EXIT_OK

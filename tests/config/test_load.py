@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tunesmith.config.layers import override_layer, override_words
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys, nearest, other_tools
 from tunesmith.config.schema import Run, Source
+from tunesmith.config.trust import mark_own_run
 from tunesmith.errors import RecipeError, UsageError
 from tunesmith.units import Length
 
@@ -52,30 +54,49 @@ def test_a_recipe_over_another_and_the_command_line_over_both(recipe: Path) -> N
         load_recipe(top)
 
 
+CODE = {"model.trust_remote_code": "true", "method.reward": "own.py:score", "method.reward.0": "[own.py:score]"}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CODE)
 @pytest.mark.parametrize(
-    ("place", "counts"), [("recipes/below/base.yaml", True), ("other/base.yaml", False),
-                          ("recipes/run/config.yaml", False), ("recipes/link.yaml", False)],
+    ("place", "beside", "counts"),
+    [("recipes/base.yaml", "", True), ("recipes/below/base.yaml", "", False), ("other/base.yaml", "", False), ("recipes/link.yaml", "", False),
+     *(("recipes/run/config.yaml", name, False) for name in ("env.json", "metrics.jsonl", "final/a", "checkpoint-3/a", "rollouts/a", "adapter_config.json")),
+     ("recipes/config.yaml", "final/a", False), ("recipes/config.yaml", "", True)],
 )  # fmt: skip
-def test_only_the_users_own_files_allow_code(place: str, counts: bool, tmp_path: Path) -> None:
+def test_only_the_users_own_files_allow_code(
+    key: str, place: str, beside: str, counts: bool, tmp_path: Path
+) -> None:
     base = file = tmp_path / place
     base.parent.mkdir(parents=True, exist_ok=True)
     if base.name == "link.yaml":
         file = tmp_path / "far.yaml"
         base.symlink_to(file)
-    file.write_text(BASE.replace("model: {", "model: {trust_remote_code: true, "))
-    if base.name == "config.yaml":
-        (base.parent / "env.json").touch()
+    section, _, name = key.removesuffix(".0").partition(".")
+    line = f"{{{name}: {CODE[key]}}}"
+    if section == "method":
+        line = line.replace("{", "{name: grpo, ")
+    file.write_text(f"{BASE}method: {line}\n" if section == "method" else BASE.replace("model: {", f"model: {line[:-1]}, "))  # fmt: skip
+    if beside:
+        (base.parent / beside).parent.mkdir(exist_ok=True)
+        (base.parent / beside).touch()
     own = tmp_path / "recipes" / "own.yaml"
     own.parent.mkdir(exist_ok=True)
     own.write_text(f"extends: {base}\n")
-    if counts:
-        assert load_recipe(own).model.trust_remote_code
-    else:
-        with refuses(RecipeError, where=f"{base}:1", names=["model.trust_remote_code"]):
+    for named in (own, base) if beside else (own,):
+        with nullcontext() if counts else pytest.raises(RecipeError, match=rf"{section}\.{name}"):
+            load_recipe(named)
+    load_recipe(own, trusts_code=True)
+    load_recipe(own, [f"{section}.{name}={CODE[key]}"])
+    # A run of this user has written the file, until another person replaces it.
+    mark_own_run(base)
+    if beside:
+        load_recipe(own)
+        file.write_text(file.read_text() + "# changed\n")
+        with pytest.raises(RecipeError, match=rf"{section}\.{name}"):
             load_recipe(own)
-    assert load_recipe(own, ["model.trust_remote_code=true"]).model.trust_remote_code
-    own.write_text(f"extends: {base}\nmodel: {{trust_remote_code: true}}\n")
-    assert load_recipe(own).model.trust_remote_code
+    own.write_text(f"extends: {base}\n{section}: {line}\n")
+    load_recipe(own)
 
 
 def test_overrides_of_a_mapping_keep_their_types(recipe: Path) -> None:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     run_dir = _run_dir(args.recipe)
     if run_dir is not None:
         args.recipe = str(run_dir / RECIPE)
-    recipe, new_recipe = chosen_recipe(args, is_own=run_dir is None)
+    recipe, new_recipe = chosen_recipe(args)
     from tunesmith.cli.run_data import show_data
 
     show_data(args, recipe, new_recipe.facts if new_recipe else None)

@@ -22,6 +22,7 @@ def plan(
     model: str | None = None,
     data: str | Path | None = None,
     on: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Forecast the memory, hours and layout of a run without training.
 
@@ -31,6 +32,7 @@ def plan(
         recipe, overrides: as for `train`.
         model, data: create a new recipe, as `tunesmith train --model X --data FILE` does.
         on: machines such as `2x8xh100` or `dgx-spark`. None means this machine.
+        trust_remote_code: run code of another person's recipe or model, which you have reviewed.
 
     Returns:
         The values that `tunesmith plan --json` prints. The best mesh is the first.
@@ -39,7 +41,8 @@ def plan(
         UsageError: if the recipe, data or model is wrong.
         MachineError: if the run does not fit on the machine.
     """
-    return _json_of("plan", recipe, overrides, model=model, data=data, on=on)
+    options = {"model": model, "data": data, "on": on}
+    return _json_of("plan", recipe, overrides, trust_remote_code, **options)
 
 
 def inspect_data(
@@ -49,6 +52,7 @@ def inspect_data(
     model: str | None = None,
     data: str | Path | None = None,
     rows: int = 3,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Return the tokens of a recipe's rows, marked as supervised or not, with counts and checks.
 
@@ -57,6 +61,7 @@ def inspect_data(
     Args:
         recipe, overrides, model, data: as for `plan`. `recipe` can also be a run directory.
         rows: number of rows whose tokens are returned.
+        trust_remote_code: as for `plan`.
 
     Returns:
         The values that `tunesmith data --json` prints.
@@ -64,13 +69,16 @@ def inspect_data(
     Raises:
         UsageError: if the recipe, data or model is wrong.
     """
-    return _json_of("data", recipe, overrides, model=model, data=data, rows=rows)
+    options = {"model": model, "data": data, "rows": rows}
+    return _json_of("data", recipe, overrides, trust_remote_code, **options)
 
 
 def sweep(
     recipe: str | Path,
     space: Mapping[str, Sequence[object]],
     overrides: Overrides = (),
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Train one adapter for each combination of values on one base, and find the best.
 
@@ -79,6 +87,7 @@ def sweep(
     Args:
         recipe, overrides: as for `train`. The same call resumes an interrupted sweep.
         space: the values to try for each key of the recipe.
+        trust_remote_code: as for `plan`.
 
     Returns:
         The values that `tunesmith sweep --json` prints.
@@ -93,13 +102,14 @@ def sweep(
             value if isinstance(value, str) else json.dumps(value, default=str) for value in values
         ]
         words.append(f"{key}={','.join(texts)}")
-    return _json_of("sweep", recipe, words)
+    return _json_of("sweep", recipe, words, trust_remote_code)
 
 
 def _json_of(
     verb: str,
     recipe: str | Path | None,
     overrides: Overrides,
+    trust_remote_code: bool,
     **options: object,
 ) -> dict[str, Any]:
     """Run a command with --json in this process and return the values that it prints."""
@@ -110,6 +120,7 @@ def _json_of(
     for name, value in options.items():
         if value is not None:
             words += [f"--{name}", str(value)]
+    words += ["--trust-remote-code"] * trust_remote_code
     printed = io.StringIO()
     with lines_by_default(), contextlib.redirect_stdout(printed), rows_set_by(python=True):
         dispatch([*words, "--json"])

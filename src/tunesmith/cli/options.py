@@ -125,10 +125,15 @@ def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
         metavar="NAME",
         help="device, such as cpu, cuda or cuda:1 (default: cuda if available)",
     )
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lets a command run the code of another person."""
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that comes with the base model; review the code first",
+        help="run Python code that comes with a model or a recipe; review the code first",
     )
 
 

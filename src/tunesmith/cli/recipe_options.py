@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import add_columns
+from tunesmith.cli.options import add_columns, add_trust
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.row_formats import FORMAT_COLUMNS
@@ -37,6 +37,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="override values of the recipe, such as train.learning_rate=1e-4",
     )
+    add_trust(parser)
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HELP) -> None:
@@ -109,15 +110,12 @@ def chosen_recipe(
     on_paper: bool = False,
     row_count: int | None = None,
     ranks: int = 1,
-    is_own: bool = True,
     on_draft: "Callable[[Run], object]" = lambda draft: None,
 ) -> "tuple[Run, NewRecipe | None]":
     """Load or make the recipe that the options of `add_recipe` describe. Log the chosen values.
 
     Args:
         on_paper, row_count, ranks: arguments of `make_recipe`.
-        is_own: whether the user wrote the recipe. The recipe of a run directory may be from another
-            person.
         on_draft: function that is called with the draft of a new recipe, before the model is read.
 
     Returns:
@@ -140,9 +138,7 @@ def chosen_recipe(
                 fix=f"remove {words[0]}, or remove {', '.join(options)} and change the recipe with "
                 f"key=value, such as {rows}",
             )
-        return load_recipe(
-            words[0], words[1:], announce=True, trusts_code=None if is_own else False
-        ), None
+        return load_recipe(words[0], words[1:], announce=True), None
     if not args.model or len(args.data or ()) != 1:
         file = args.data[0] if args.data else "faq.csv"
         raise UsageError(

@@ -26,6 +26,7 @@ from tunesmith.config.paths import resolve_paths
 from tunesmith.config.row_settings import record_overrides
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import locate_recipe
+from tunesmith.config.trust import TRUSTS_CODE, check_trust
 from tunesmith.config.typed import meant_by, parse_run, raise_together
 from tunesmith.config.yaml_file import RecipeLayer, layer_of, read_file
 from tunesmith.errors import RecipeError
@@ -33,10 +34,6 @@ from tunesmith.host.demo_model import DEMO_NAME, demo_model
 
 # Maximum length of a chain of recipes in which each one extends the next.
 MAX_EXTENDS = 20
-# Two files of a run directory: the resolved recipe of the run, and the file that identifies the
-# run. `run_dir.py` lists all files.
-RUN_RECIPE = "config.yaml"
-RUN_IDENTITY = "env.json"
 
 
 def load_recipe(
@@ -44,7 +41,7 @@ def load_recipe(
     overrides: Overrides = (),
     *,
     announce: bool = False,
-    trusts_code: bool | None = None,
+    trusts_code: bool = False,
 ) -> Run:
     """Read a recipe, apply overrides and check the result.
 
@@ -54,8 +51,8 @@ def load_recipe(
             the value in YAML 1.2.
         announce: log a line for each layer that names another data source, with the keys that are
             dropped because of it.
-        trusts_code: whether `model.trust_remote_code: true` in a file is accepted. None means that
-            it is accepted only in files that the user wrote, see `_is_users_own`.
+        trusts_code: whether model code and scorers that a file names are accepted. By default, they
+            are accepted only in the user's own files, see `check_trust`.
 
     Raises:
         RecipeError: if the recipe is invalid. The error names the problem, the position and a fix.
@@ -69,11 +66,8 @@ def load_recipe(
     # Without overrides, this can be the recipe of an earlier run in `output_dir`.
     if overrides:
         record_overrides(overridden_sources(run, places))
-    if run.model.trust_remote_code and not trusts_code:
-        where = places["model.trust_remote_code"]
-        is_given = where.startswith((COMMAND_LINE, FROM_PYTHON))
-        if not is_given and (trusts_code is False or not _is_users_own(where, file)):
-            raise untrusted_code(run.model.name, where)
+    if not (trusts_code or TRUSTS_CODE.get()):
+        check_trust(run, places, file)
     return run
 
 
@@ -91,32 +85,6 @@ def overridden_sources(run: Run, places: Mapping[str, str]) -> dict[str, str]:
             if key.startswith(f"{section}.") and where.startswith((COMMAND_LINE, FROM_PYTHON)):
                 overridden[sources[0].source] = section
     return overridden
-
-
-def untrusted_code(model: str, where: str) -> RecipeError:
-    """Build the error for a recipe from another person that enables `trust_remote_code`."""
-    return RecipeError(
-        "model.trust_remote_code: true is not accepted from this file",
-        where=where,
-        why=f"this setting runs Python code that comes with the model {model}, and only the user's "
-        "own recipe or command can allow that",
-        fix="review the model's code; to run it, add model.trust_remote_code=true to the command, "
-        "--trust-remote-code if the command takes a run, or trust_remote_code=True in Python",
-    )
-
-
-def _is_users_own(where: str, recipe: Path) -> bool:
-    """Return whether `where`, a position such as "recipe.yaml:3", is in a file that the user wrote.
-
-    The user has named the file `recipe`, so files in its folder, or in a subfolder, are the user's.
-    The config.yaml of a run directory does not count, because another person may have written it. A
-    folder is a run directory if it has env.json or a checkpoint.
-    """
-    file = Path(where.rpartition(":")[0]).resolve()
-    saved = (RUN_IDENTITY, "final/manifest.json", "checkpoint-*/manifest.json")
-    has_run = any(any(file.parent.glob(pattern)) for pattern in saved)
-    is_of_run = file.name == RUN_RECIPE and has_run
-    return not is_of_run and file.is_relative_to(recipe.resolve().parent)
 
 
 def from_mapping(values: Mapping[str, object], *, where: str, base: Path) -> Run:

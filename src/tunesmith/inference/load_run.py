@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
-from tunesmith.config.load import load_recipe, untrusted_code
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
+from tunesmith.config.trust import untrusted_code
 from tunesmith.data.text import builtin_templates
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host import demo_model
@@ -227,7 +228,7 @@ def locate_run(
         else:
             location = _in_folder(local_path)
     elif local_path.is_file() and local_path.suffix in (".yaml", ".yml"):
-        run = load_recipe(local_path, trusts_code=trust_remote_code or None)
+        run = load_recipe(local_path, trusts_code=trust_remote_code)
         note = f"the base of the recipe {path}: {run.model.name}"
         has_run = (Path(run.output_dir) / RECIPE).is_file()
         if has_run:
@@ -248,7 +249,7 @@ def locate_run(
         location = _with_base(location, replace(location.base, trust_remote_code=True))
     elif location.folder and location.base.trust_remote_code:
         recipe = str(location.folder.parent / RECIPE)
-        raise untrusted_code(location.base.name, recipe)
+        raise untrusted_code("model.trust_remote_code", location.base.name, recipe)
     if base_only and location.holds != "base":
         return replace(location, holds="base", note=f"the base of {path}: {location.base.name}")
     return location

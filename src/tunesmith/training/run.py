@@ -86,6 +86,7 @@ def train(
     why: bool = False,
     argv: list[str] | None = None,
     quiet: bool = False,
+    trust_remote_code: bool = False,
 ) -> Result:
     """Train a model with a recipe, or resume the training.
 
@@ -111,6 +112,7 @@ def train(
             folder.
         why: whether to log the reason of each choice for this machine.
         argv: the command line, for env.json.
+        trust_remote_code: run code of another person's recipe or model, which you have reviewed.
         quiet: whether to print nothing. log.txt still contains all lines.
 
     Before the first step, rank 0 logs all choices to `logging.getLogger("tunesmith")`. The lines
@@ -139,7 +141,7 @@ def train(
                 "train() accepts either a recipe, or model and rows, but not both", fix=fix
             )
         elif not isinstance(recipe, Run):
-            run = load_recipe(recipe, overrides, announce=not quiet)
+            run = load_recipe(recipe, overrides, announce=not quiet, trusts_code=trust_remote_code)
         elif overrides:
             fix = "pass the path of the recipe, or change the Run with dataclasses.replace"
             raise UsageError("overrides cannot be applied to a Run object", fix=fix)

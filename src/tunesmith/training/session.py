@@ -18,6 +18,7 @@ from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import REFERENCE_METHODS, Run
+from tunesmith.config.trust import mark_own_run
 from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData
@@ -404,6 +405,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
         env |= {"mesh": session.mesh.shape._asdict(), "hosts": session.ranks.hosts}
     write_atomically(out / IDENTITY, json.dumps(env, indent=1))
     write_atomically(out / RECIPE, dump(recipe))
+    mark_own_run(out / RECIPE)
     held_out = data.validation
     if recipe.data.hold_out and held_out is not None:
         lines: dict[str, str] = {}

@@ -19,7 +19,7 @@ tokens per step. key=value overrides a key of this recipe.
 import argparse
 from pathlib import Path
 
-from tunesmith.cli.options import require_folder, whole_number
+from tunesmith.cli.options import add_trust, require_folder, whole_number
 from tunesmith.config.load import load_recipe
 from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.config.schema import Run
@@ -41,6 +41,7 @@ SHAPE_OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} (RECIPE | --shape NAME) [key=value ...] [options]"
+    add_trust(parser)
     add = parser.add_argument
     add(
         "words",

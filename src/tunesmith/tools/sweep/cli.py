@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tunesmith.cli.options import (
     add_json,
+    add_trust,
     is_main_process,
     leave_lines_to_rank_0,
     whole_number,
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=values",
         help="key=a,b,c tries each of the values; key=value applies to all candidates",
     )
+    add_trust(parser)
     parser.add_argument(
         "--ranks",
         type=whole_number,
@@ -88,6 +90,7 @@ def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:
     """Train the candidates and print the result. Start the ranks first if --ranks is given."""
     if args.ranks is not None and started_as() is None:
         words = ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words]
+        words += ["--trust-remote-code"] * args.trust_remote_code
         code = run_agent(words + ["--json"] * args.json)
         # After a stop request the ranks exit with 0, because torchrun would restart them otherwise.
         # Therefore sweep.json must be read to know whether the sweep was stopped.
