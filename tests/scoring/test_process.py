@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from errors import refuses
@@ -90,3 +94,28 @@ def test_printed_text_goes_to_stderr(own: str, capfd: pytest.CaptureFixture[str]
     assert out == "", "stdout is for results"
     assert err.startswith("loud\n")
     assert len(err) < 5000
+
+
+def test_a_stop_does_not_wait_for_a_scorer(own: str) -> None:
+    began = time.monotonic()
+    endless = [answer_to(row={"action": "while True: pass"})] * 3
+    with time_limit(30), ScorerPool([own], own_seconds=1000) as pool:
+        assert pool.score_all(own, endless, lambda: time.monotonic() > began + 2) == [None] * 3
+        assert pool.score_all(own, [answer_to()]) == [{"do": 1.0}]
+
+
+def test_a_scorer_ends_with_the_training(own: str, tmp_path: Path) -> None:
+    code = (
+        "from tunesmith.scoring.process import ScorerProcess\n"
+        "from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow\n"
+        "row = ScoredRow('', '', {'action': 'open(\"pid\", \"w\").write(str(__import__(\"os\").getpid()))\\nwhile True: pass'}, '')\n"
+        "ScorerProcess(['mine.py:do']).score('mine.py:do', [RewardedAnswer('', '', row)])\n"
+    )
+    training = subprocess.Popen([sys.executable, "-c", code])
+    with time_limit(60):
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+            time.sleep(0.1)
+        scorer = psutil.Process(int((tmp_path / "pid").read_text()))
+        training.kill()
+        training.wait()
+        scorer.wait(20)

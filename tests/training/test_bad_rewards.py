@@ -57,6 +57,7 @@ FAULTS = {
     "subprocess.run(['sleep', '1000'], start_new_session=True)": LATE,
     "if os.fork(): time.sleep(1000)": LATE,
     "os._exit(0)": ENDED,
+    "os.fork() or (os.setsid(), time.sleep(1000))\nos._exit(0)": LATE,
     "os.abort()": ENDED,
     "os.kill(os.getpid(), 9)": ENDED,
     "os.kill(os.getpid(), 40)": ENDED,
@@ -84,7 +85,9 @@ FAULTS = {
     "return Unprintable()": "Unprintable", "return sys.modules['torch'].ones(())": "KeyError",
 }  # fmt: skip
 HARMLESS = (
-    "subprocess.Popen(['sleep', '1000'], start_new_session=True)", "os.fork()", "os.fork() or time.sleep(1000)", "threading.Thread(target=time.sleep, args=[1000]).start()", "print('loud' * 10_000)",
+    "subprocess.Popen(['sleep', '1000'], start_new_session=True)", "os.fork()", "os.fork() or time.sleep(1000)",
+    "os.fork() or (os.setsid(), os.fork() or time.sleep(1000), os._exit(0))", "os.fork() or os.execve('/bin/sh', ['sh', '-c', 'setsid sleep 1000 &'], {'TMPDIR': os.environ['TMPDIR']})",
+ "threading.Thread(target=time.sleep, args=[1000]).start()", "print('loud' * 10_000)",
     "row.clear()", "row['turns'].clear()", "os.chdir('/')", "sys.stdout.close()", "os.close(0)", "subprocess.run(['cat'])",
     "json.loads = json.dumps = None", "return True", "return np.float32(1)", "return np.int64(1)", "return np.bool_(True)", "return np.array(1)",
 )  # fmt: skip
@@ -210,8 +213,15 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any] | str, str | None, list[obje
     "syntax error": ({}, "def do(", "r.py:do", ["r.py", 1]),
     "no function": ({}, "do = 3", "r.py:do", ["do"]),
     "one argument": ({}, "def do(answer): return 1", "r.py:do", ["do(answer)"]),
-    "fails": ({}, SCORE + "return 1 / 0", "train.jsonl:3", ["ZeroDivisionError", "r.py:1"]),
-    "hangs": ({"method": {"reward_seconds": 0.2}}, SCORE + "\n while True: pass", "train.jsonl:3", [0.2]),
+    "fails": ({}, SCORE + "return 1 / 0", "train.jsonl:1", ["ZeroDivisionError", "r.py:1"]),
+    "hangs": ({"method": {"reward_seconds": 0.2}}, SCORE + "\n while True: pass", "train.jsonl:1", [0.2]),
+    "verl": ({}, "def do(data_source, solution_str, ground_truth, extra_info=None): return 1", "r.py:do", ["do(data_source, solution_str, ground_truth, extra_info)"]),
+    "verifiers": ({}, "async def do(completion, answer, state): return 1", "r.py:do", ["do(completion, answer, state)"]),
+    "class": ({}, "class do:\n def __call__(self, completions, **columns): return [1] * len(completions)", "r.py:do", ["class"]),
+    "keywords": ({}, "def do(*, answer, row): return 1", "r.py:do", ["do(answer, row)"]),
+    "dictionary": ({}, SCORE + "return {'score': 1.0}", "train.jsonl:1", ["{'score': 1.0}"]),
+    "one reward": ({}, "def do(completions): return [1, 2]", "train.jsonl:1", ["2 rewards for 1"]),
+    "no column": ({}, "def do(completions, truth): return [1 for _ in truth]", "train.jsonl:1", ["truth"]),
 }  # fmt: skip
 
 

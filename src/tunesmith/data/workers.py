@@ -33,7 +33,7 @@ from tunesmith.host.child_output import exit_text
 # Time in which a worker whose pipe is closed has to exit before it is killed.
 SECONDS_TO_EXIT = 1
 # Environment variable by which the processes of a worker are found.
-_MARK = "TUNESMITH_WORKER"
+_WORKER_VARIABLE = "TUNESMITH_WORKER"
 # Options of Linux's prctl.
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -100,7 +100,7 @@ class Worker(Generic[Task, Result]):
         # Disable the tokenizer's threads, because each CPU core already has a worker.
         self.what = what
         self.mark = secrets.token_hex(8)
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", _MARK: self.mark}
+        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", _WORKER_VARIABLE: self.mark}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
@@ -173,7 +173,7 @@ class Worker(Generic[Task, Result]):
             # The children of a process that has ended belong to the system's first process.
             for process in psutil.process_iter():
                 with suppress(psutil.Error, OSError):
-                    if process.environ().get(_MARK) == self.mark:
+                    if process.environ().get(_WORKER_VARIABLE) == self.mark:
                         started.append(process)
         for process in started:
             with suppress(psutil.NoSuchProcess):

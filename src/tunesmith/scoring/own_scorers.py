@@ -40,7 +40,7 @@ _OTHER_TOOLS = {
     "state": "row",
 }
 _OUR_PARAMETERS = {"answer": "answer", "row": "row"}
-_WRAPPER = """write these lines to scorer.py beside {file}.py, and name scorer.py:score instead:
+_SCORER_LINES = """write these lines to scorer.py beside {file}.py, and name scorer.py:score:
     from {file} import {name}
     reward = {made}
     def score({own}):
@@ -118,7 +118,7 @@ class OwnScorer:
             "prompts": [prompt] * len(answers),
             "completions": completions,
             "completion_ids": [list(answer.ids) for answer in answers],
-            "trainer_state": SimpleNamespace(**state),
+            "trainer_state": SimpleNamespace(**{"global_step": 0, "max_steps": -1, **state}),
             "log_extra": log_extra,
             "log_metric": lambda name, value: log_extra(name, [value] * len(answers)),
         }
@@ -227,7 +227,7 @@ def _takes_group(function: Any, name: str, path: Path, where: str) -> bool:
         f"{name} is a class" if is_class else f"{name}({', '.join(names)}) is no scorer",
         where=where,
         why="a scorer is a function f(answer, row), or TRL's f(completions, **columns)",
-        fix=_WRAPPER.format(
+        fix=_SCORER_LINES.format(
             file=path.stem,
             name=name,
             made=f"{name}()" if is_class else name,

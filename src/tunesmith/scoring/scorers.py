@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "schema"  # name of the column with the JSON schema of a row
 REFERENCE = "reference"  # name under which the user's scorer gets the answer of a row
-MAX_REASON_CHARS = 2000  # maximum length of a scorer's error
+MAX_SHOWN_REASON = 2000  # maximum length of a scorer's error
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def error_reason(error: BaseException) -> str:
     except Exception:  # the error of a scorer can be of any class
         text = ""
     # The text can have 10 MB, and halves of surrogates, which have no encoding.
-    reason = (type(error).__name__ + text)[:MAX_REASON_CHARS]
+    reason = (type(error).__name__ + text)[:MAX_SHOWN_REASON]
     return reason.encode(errors="backslashreplace").decode()
 
 

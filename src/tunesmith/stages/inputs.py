@@ -18,7 +18,7 @@ from tunesmith.host.signals import loading_libraries
 from tunesmith.metrics.sink import writes_tensorboard
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
 from tunesmith.stages.request import Request
-from tunesmith.stages.rows import open_rows
+from tunesmith.stages.rows import RowFacts, open_rows
 
 if TYPE_CHECKING:
     from tunesmith.stages.model import ModelFacts
@@ -44,6 +44,8 @@ def read_inputs(
         if request.purpose != "show":
             check_requirements(request.run, request.start)
         rows = open_rows(request, known.rows if known else None)
+        if request.purpose != "measure" and ranks.is_main_process:
+            _try_rewards(rows)
         # Import these after the rows are checked: they import huggingface_hub, which is slow.
         with loading_libraries():
             from tunesmith.stages.model import read_model
@@ -67,7 +69,14 @@ def check_inputs(run: Run) -> None:
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
         fetch.check_folder(place, run.model)
-    open_rows(Request(run))
+    _try_rewards(open_rows(Request(run)))
+
+
+def _try_rewards(rows: RowFacts) -> None:
+    if rows.run.samples_answers:
+        from tunesmith.stages.rewards import try_scorers
+
+        try_scorers(rows)
 
 
 def check_requirements(run: Run, start: Start) -> None:

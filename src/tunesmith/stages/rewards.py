@@ -1,19 +1,30 @@
 """Checks of a run with sampled answers, before the weights are read: its prompts and its reward."""
 
 import hashlib
+import logging
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import Conversation
 from tunesmith.errors import DataError, RecipeError, RunError, UsageError
 from tunesmith.model.model_types import Support
+from tunesmith.scoring.process import ScorerProcess
 from tunesmith.scoring.reward import Reward
 from tunesmith.scoring.rows import make_scored_row
-from tunesmith.scoring.scorers import SCORERS, RewardedAnswer, check_scorer_names
+from tunesmith.scoring.scorers import SCORERS, RewardedAnswer, ScoredRow, check_scorer_names
+from tunesmith.stages.rows import RowFacts
 
+log = logging.getLogger(__name__)
+
+# Answers with which the user's scorers are tried. A scorer may fail for an odd answer.
+TRIED_ANSWERS = ("", "The answer is 7.")
 # Number of rows whose own answers are scored.
 SCORED_ROWS = 64
 # Maximum number of rows of a split that the scorers check before the run. A check takes about 2 ms.
@@ -48,7 +59,55 @@ def reward_digest(run: Run) -> str:
         else:
             file, _, function = name.rpartition(":")
             digest.update(function.encode() + Path(file).read_bytes())
+            for imported in _imported_beside(Path(file)):
+                digest.update(imported.read_bytes())
     return digest.hexdigest()
+
+
+def _imported_beside(file: Path) -> list[Path]:
+    """Return the files beside a scorer that it imports, also indirectly. No code is executed."""
+    finder = ModuleFinder([str(file.parent)])
+    # An error in the syntax is reported when the file is loaded.
+    with suppress(SyntaxError, ValueError):
+        finder.run_script(str(file))
+    found = {module.__file__ for name, module in finder.modules.items() if name != "__main__"}
+    return sorted(map(Path, filter(None, found)))
+
+
+def try_scorers(rows: RowFacts) -> None:
+    """Load the user's scorers, and call each with the first row, before the model is read.
+
+    Raises:
+        UsageError: a scorer cannot be loaded, or has the form of another tool.
+        DataError: a scorer fails for both of TRIED_ANSWERS.
+    """
+    method = rows.run.method
+    source, first = rows.opened.train[0]
+    with _errors_of_reward():
+        own = [name for name in check_scorer_names(method.reward) if name not in SCORERS]
+    try:
+        where = first.where(0)
+        (sample, *_) = convert_row(first[0], source, where=where).samples
+    except (DataError, IndexError):
+        return  # A bad row, or a source without rows, is reported when the rows are read.
+    prompt: object = getattr(sample, "prompt", "")
+    reference = getattr(sample, "completion", "")
+    if isinstance(sample, Conversation):
+        prompt = sample.messages[:-1]
+        reference = sample.messages[-1]["content"]
+    row = ScoredRow(reference, reference, first[0], where, prompt=first[0].get("prompt", prompt))
+    with _errors_of_reward(), ScorerProcess(own, None, method.reward_seconds, math.inf) as process:
+        for name in own:
+            faults = []
+            for text in TRIED_ANSWERS:
+                try:
+                    process.score(name, [RewardedAnswer(text, text, row)])
+                except RunError as fault:
+                    faults.append(fault)
+            if len(faults) == len(TRIED_ANSWERS):
+                raise faults[0]
+            for fault in faults:
+                log.warning(f"{fault.what} for one of two answers, {fault.why}; it gets 0 there")
 
 
 def check_sampling(run: Run, support: Support) -> None:
