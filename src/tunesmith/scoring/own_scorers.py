@@ -41,10 +41,10 @@ _OTHER_TOOLS = {
 }
 _OUR_PARAMETERS = {"answer": "answer", "row": "row"}
 _SCORER_LINES = """write these lines to scorer.py beside {file}.py, and name scorer.py:score:
-    from {file} import {name}
-    reward = {made}
-    def score({own}):
-        return reward({arguments})"""
+from {file} import {name}
+reward = {made}
+def score({own}):
+    return reward({arguments})"""
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,7 @@ def _takes_group(function: Any, name: str, path: Path, where: str) -> bool:
             name=name,
             made=f"{name}()" if is_class else name,
             own=own,
-            arguments=", ".join(arguments),
+            # Each argument has a line, so that no line is too long for the terminal.
+            arguments=",\n                  ".join(arguments),
         ),
     )

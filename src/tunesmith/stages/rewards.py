@@ -70,8 +70,9 @@ def _imported_beside(file: Path) -> list[Path]:
     # An error in the syntax is reported when the file is loaded.
     with suppress(SyntaxError, ValueError):
         finder.run_script(str(file))
-    found = {module.__file__ for name, module in finder.modules.items() if name != "__main__"}
-    return sorted(map(Path, filter(None, found)))
+    # A module of the interpreter itself has no file.
+    found = {name: vars(module)["__file__"] for name, module in finder.modules.items()}
+    return sorted(Path(path) for name, path in found.items() if path and name != "__main__")
 
 
 def try_scorers(rows: RowFacts) -> None:
@@ -106,8 +107,8 @@ def try_scorers(rows: RowFacts) -> None:
                     faults.append(fault)
             if len(faults) == len(TRIED_ANSWERS):
                 raise faults[0]
-            for fault in faults:
-                log.warning(f"{fault.what} for one of two answers, {fault.why}; it gets 0 there")
+            for failed in faults:
+                log.warning(f"{failed.what} for one of two answers, {failed.why}; it gets 0 there")
 
 
 def check_sampling(run: Run, support: Support) -> None:
