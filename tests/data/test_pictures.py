@@ -249,6 +249,7 @@ def test_a_row_that_is_refused(name: str) -> None:
 
 # --- pictures that nothing reads
 
+RED_PATH = "pictures/red.png"
 # A row -> the warnings of a text model, and the errors of a model that sees.
 LOST: dict[str, tuple[Row, dict[str, str], dict[str, str]]] = {
     name: (row, *([found[0], found[0]] if len(found) == 1 else found))
@@ -259,6 +260,17 @@ LOST: dict[str, tuple[Row, dict[str, str], dict[str, str]]] = {
         ("a column of files", chat(Q, path="pictures/red.png"), {"picture_column": "path"}),
         ("a picture that is read", chat("<image>Color?", images=["pictures/red.png"], path="pictures/red.png"), {}),
         ("a tag of SVG", chat("What does the <image> tag do?", ANSWER, "And `<image>`?"), {}),
+        *(
+            (f"a written picture: {mark}", chat(f"{mark}{end}"), {} if path != RED_PATH else {"picture_mark": mark}, {"picture_mark": mark})
+            for path in (RED_PATH, "none/a.png", "https://x.org/a.png")
+            for mark, end in (
+                (f"<img>{path}</img>", "What color?"), (f"<image>{path}</image>", "\nWhat color?"), (f'<img alt="x" src="{path}', '"/> What color?'),
+                (f"![x]({path}", ") What color?"),
+            )
+        ),
+        ("Qwen's numbered pictures", chat("Picture 1: <img>a.png</img>\nWhat color?"), {}, {"picture_mark": "<img>a.png</img>"}),
+        ("HTML in code", chat("Mend it:\n```html\n<img src='a.png'>\n```"), {}),
+        ("Markdown in an answer", chat(Q, {"role": "assistant", "content": "![x](a.png)"}), {}),
         ("a program's usage", pairs("How do I start it?", "docker run <image>"), {}),
     ]
 }  # fmt: skip

@@ -28,6 +28,17 @@ _MARK = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
+# Pictures with their path: as Qwen VL's tools write them, in HTML and in Markdown. Most texts with
+# HTML or Markdown are about something else, so these forms only count if the file exists, or if the
+# model accepts pictures and the row has none.
+_WRITTEN_PICTURE = re.compile(
+    r"""(?ix)
+    <(?P<tag>img|image|picture)>\s*(?P<path>[^<>]{1,4096}?)\s*</(?P=tag)>
+    |<ima?ge?\s[^<>]*?\bsrc\s*=\s*["']?(?P<source>[^"'<>\s]+)
+    |!\[[^\]\n]*\]\(\s*<?(?P<target>[^()<>\s]+)
+    """
+)
+
 
 def find_unread_pictures(
     row: Mapping[str, object], sample: Sample, where: str, *, sees: bool
@@ -52,6 +63,12 @@ def find_unread_pictures(
         if role == "assistant":
             continue
         needs_picture = sees and not has_pictures and role == "user"
+        for match in _WRITTEN_PICTURE.finditer(text):
+            # In a block of code, it is a part of the code.
+            is_code = text.count("```", 0, match.start()) % 2
+            path = match["path"] or match["source"] or match["target"]
+            if not is_code and (needs_picture or is_picture(path, where)):
+                yield "picture_mark", match[0]
         for match in _MARK.finditer(text):
             start = match.start()
             before = text[max(0, start - 9) : start].rstrip(" \t")
