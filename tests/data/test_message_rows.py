@@ -10,6 +10,7 @@ from errors import refuses
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text.row_warnings import row_warnings
 from tunesmith.errors import DataError
 
 LINES = Path(__file__).with_name("message_rows.jsonl").read_text(encoding="utf-8").splitlines()
@@ -31,3 +32,4 @@ def test_messages_are_read_or_refused(name: str) -> None:
     assert sample.messages == case["gives"]
     assert sample.untrained == set(case.get("untrained", ()))
     assert unread == set(case.get("unread", ()))
+    assert list(row_warnings(sample, raw=False)) == case.get("warned", [])

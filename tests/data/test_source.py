@@ -302,6 +302,28 @@ def texts_of(source: Path | str, **keys: str) -> dict[str, list[object]]:
     }
 
 
+@pytest.mark.parametrize(
+    ("files", "splits", "keys"),
+    [
+        (["split=train/a", "split=test/a"], {"train": [0], "test": [1]}, {}),
+        (["lang=en/Data_Split=dev/a", "lang=en/b"], {"train": [1], "validation": [0]}, {"lang": "en"}),
+        (["kind=test/name=caf%C3%A9/a"], {"train": [0]}, {"kind": "test", "name": "café"}),
+        (["day=__HIVE_DEFAULT_PARTITION__/a"], {"train": [0]}, {"day": None}),
+        (["text=no/a"], {"train": [0]}, {}),
+    ],
+)  # fmt: skip
+def test_folders_with_keys(
+    files: list[str], splits: dict[str, list[int]], keys: dict[str, object], tmp_path: Path
+) -> None:
+    make_files(
+        tmp_path, {f"{name}.jsonl": json.dumps({"text": str(n)}) for n, name in enumerate(files)}
+    )
+    for source in (tmp_path, tmp_path / "**" / "*.jsonl"):
+        tables = open_splits(Source(source=str(source)))
+        read = {name: [table.row(i) for i in range(len(table))] for name, table in tables.items()}
+        assert read == {name: [{**keys, "text": str(n)} for n in ns] for name, ns in splits.items()}
+
+
 def test_a_saved_data_set_has_the_rows_of_its_state(tmp_path: Path) -> None:
     """Rows that `map` cached next to it are drafts."""
     ROWS.save_to_disk(str(tmp_path))

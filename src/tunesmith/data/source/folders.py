@@ -5,13 +5,15 @@ files are read in the order of their names. A warning lists the files that are n
 """
 
 import glob
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
-from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
+from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern, pattern_folder
 from tunesmith.config.row_settings import row_fix
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
 from tunesmith.data.source.listings import list_files
@@ -71,7 +73,10 @@ def open_local(
             if files[0].suffix.lower() in TEXT_SUFFIXES:
                 table = read_text_files(files)
             else:
-                table = _join([prepare(open_table(file)) for file in files])
+                opened = [prepare(open_table(file)) for file in files]
+                table = _join(
+                    [_with_folder_keys(*pair, path) for pair in zip(opened, files, strict=True)]
+                )
         except OSError as error:
             raise unreadable_error(path, error) from error
         layout = ", ".join(filter(None, (table.layout, config_layout)))
@@ -119,6 +124,40 @@ def _join(tables: Sequence[Table]) -> Table:
     )
 
 
+def _with_folder_keys(table: Table, file: Path, source: Path) -> Table:
+    """Add the keys of folders such as `lang=en` to the rows, as columns with texts.
+
+    Spark, Polars and Dask write such folders and leave the columns out of the files.
+    """
+    folder = source if source.is_dir() else pattern_folder(source)
+    folders = file.relative_to(folder).parts[:-1] if file.is_relative_to(folder) else ()
+    keys: dict[str, object] = {}
+    for name in folders:
+        key, is_key, value = name.partition("=")
+        if is_key and not _split_of_folder(name):
+            # Hive's name of a missing value.
+            is_missing = value == "__HIVE_DEFAULT_PARTITION__"
+            keys[key] = None if is_missing else unquote(value)
+    if not keys:
+        return table
+
+    def row(i: int) -> object:
+        values = table.row(i)
+        return {**keys, **values} if isinstance(values, dict) else values
+
+    def fingerprint() -> str:
+        return hashlib.sha256(f"{table.fingerprint()} {keys}".encode()).hexdigest()
+
+    return replace(table, row=row, fingerprint=fingerprint)
+
+
+def _split_of_folder(name: str) -> str:
+    """Return the split that the name of a folder means, such as `test` or `split=test`, or ""."""
+    key, _, value = name.lower().rpartition("=")
+    is_split = not key or key.endswith(("split", "set", "fold", "partition"))
+    return SPLIT_NAMES.get(value, "") if is_split else ""
+
+
 def _splits_by_name(folder: Path, files: list[Path], *, is_text: bool) -> dict[str, list[Path]]:
     """Assign files to splits by the names of the files and folders. `train` is the first split."""
     names = [_split_of(file.relative_to(folder), is_text=is_text) for file in files]
@@ -138,15 +177,12 @@ def _split_of(place: Path, *, is_text: bool) -> str:
     For text files, only the first folder is examined, because the name of a document can contain
     "test". For other files, all folders and the words of the file name are examined.
     """
-    words = [name.lower() for name in place.parts[:-1]]
+    folders = place.parts[:-1]
     if is_text:
-        words = words[:1]
-    else:
-        words += re.split(r"[^a-z]+", place.stem.lower())
-    for word in words:
-        if word in SPLIT_NAMES:
-            return SPLIT_NAMES[word]
-    return ""
+        folders = folders[:1]
+    words = [] if is_text else re.split(r"[^a-z]+", place.stem.lower())
+    splits = [*map(_split_of_folder, folders), *(SPLIT_NAMES.get(word, "") for word in words)]
+    return next(filter(None, splits), "")
 
 
 def _select_files(folder: Path, config: str | None) -> tuple[dict[str, list[Path]], str, str]:

@@ -1,9 +1,15 @@
-"""Detection of secrets in texts: access tokens, private keys and passwords in URLs."""
+"""Detection of secrets in texts: access tokens, private keys and passwords."""
 
 import json
 import re
 from collections.abc import Iterator
 
+# Value after a name such as `password=`: letters with a digit, which no placeholder, variable or
+# call has, such as $PASSWORD, <password>, your_key_1 and make_key2(). Quotes can be escaped.
+_NAMED_VALUE = (
+    r"""\\?["']?\s*[:=]\s*\\?["']?(?!your|my|example|changeme|test|dummy|fake|xxx)"""
+    r"""(?=[^\s\d"']*\d)(?=[^\sa-z"']*[a-z])[^\s"'`,;&$<>{}()\[\]\\]{%d,}+(?![(\[{<$])"""
+)
 # Kind of secret -> (text that each secret of this kind contains, pattern of the secret). The text
 # is searched first, because this is much faster than searching for the pattern.
 _SECRET_KINDS = {
@@ -27,13 +33,32 @@ _SECRET_KINDS = {
         r"\w+://[^\s:/@\"'<>]*:(?!(?i:pass(word|wd)?|pwd|secret|token|x+|\*+)@)"
         r"(?!\$)[^\s:/@\"'<>{}*]{4,}@\w",
     ),
+    "an authorization header": (
+        "uthorization",
+        r"(?i:authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:basic|token))\s+"
+        r"(?=\S*(?:\d|[a-z][A-Z]))[\w.~+/-]{8,}",
+    ),
+}
+# Kinds of secrets that are any value after a name, in the same form. They are searched in the text
+# in lower case. A value that is also of a kind above is yielded only once.
+_NAMED_KINDS = {
+    "a bearer token": ("bearer", r"bearer\s+(?=[^\s\d]*\d)[\w.~+/-]{16,}"),
+    "a key": ("key", r"(?:api|access|secret|auth|account)[_-]?key" + _NAMED_VALUE % 12),
+    "a secret": ("secret", r"secret" + _NAMED_VALUE % 12),
+    "an access token": (
+        "token",
+        r"(?:access|auth|api|bot|refresh|hf|gh|hub|lab|npm|slack|secret)[_-]?token"
+        + _NAMED_VALUE % 12,
+    ),
+    "a password": ("passw", r"passw(?:or)?d" + _NAMED_VALUE % 6),
 }
 # A secret starts at the beginning of a word. In JSON text, such as the arguments of a call, an
 # escaped line break (\n) can precede the word.
 _START = r"(?:(?<!\w)|(?<=\\[nrt]))"
-_PATTERNS = [
-    (kind, text, re.compile(_START + pattern)) for kind, (text, pattern) in _SECRET_KINDS.items()
-]
+_PATTERNS = {
+    kind: (text, re.compile(_START + form)) for kind, (text, form) in _SECRET_KINDS.items()
+}
+_NAMED_PATTERNS = {kind: (text, re.compile(form)) for kind, (text, form) in _NAMED_KINDS.items()}
 
 
 def secrets_in(value: object) -> Iterator[str]:
@@ -42,6 +67,11 @@ def secrets_in(value: object) -> Iterator[str]:
     The secret itself is not yielded.
     """
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    for kind, part, pattern in _PATTERNS:
-        if part in text:
-            yield from (kind for _ in pattern.finditer(text))
+    ends = set()
+    for patterns, searched in ((_PATTERNS, text), (_NAMED_PATTERNS, text.lower())):
+        for kind, (part, pattern) in patterns.items():
+            if part in searched:
+                for match in pattern.finditer(searched):
+                    if match.end() not in ends:
+                        ends.add(match.end())
+                        yield kind

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tunesmith.data.rows.call_checks import find_call_problems
 from tunesmith.data.rows.samples import Completion, Conversation, Sample, texts_by_role
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
@@ -91,6 +92,21 @@ ROW_WARNINGS = {
         why="the template leaves out a name or a value of the call",
         fix="use a template that renders it (data.template=FILE.jinja), or delete these rows",
     ),
+    "unmatched_result": RowWarning(
+        what="tool calls whose results are missing, or results of other calls",
+        why="the model learns to answer from results that do not belong to its calls",
+        fix="write one result for each call, with the id of this call, or delete these rows",
+    ),
+    "unlisted_call": RowWarning(
+        what="a call of a tool that is not in the row's tools",
+        why="the model learns to call tools that it was not given",
+        fix="add the tool to the row's tools, correct the name, or delete these rows",
+    ),
+    "wrong_arguments": RowWarning(
+        what="a call without a required argument, or with an argument that its tool does not have",
+        why="the model learns calls that the tool refuses",
+        fix="correct the call or the parameters of the tool, or delete these rows",
+    ),
     "unlisted_tools": RowWarning(
         what="tools that the model does not see",
         why="the template writes tool calls but no list of tools, in training and in inference",
@@ -152,6 +168,7 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     answers = []
     if isinstance(sample, Conversation):
         answers = [answer["content"] for answer in sample.supervised()]
+        yield from dict.fromkeys(find_call_problems(sample))
     elif isinstance(sample, Completion):
         answers = [sample.completion]
         prompt = sample.prompt.strip()
