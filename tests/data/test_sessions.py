@@ -1,6 +1,8 @@
 """Sessions of coding agents as rows, from files of four forms."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 from errors import refuses
 from rows import Simple
 from tunesmith.config.schema import Data, Source
+from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.source import sessions
 from tunesmith.data.source.open_source import Rows, read_rows
 from tunesmith.data.source.secrets import secrets_in
+from tunesmith.data.source.table import Table
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 
@@ -199,6 +203,11 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         ["u:Start | a:Started. | u:Keep | a:Kept.", "u:Summary: started.//Keep | (a):Kept. | u:Go on | a:Went on."],
         {"compactions": 1},
     ),
+    # The copies have other ids, but the id of the answer.
+    "claude copied lines": (
+        claude(asked("Hi"), answered("m1", text("Hello.")), asked("Hi"), answered("m1", text("Hello.")), asked("Go on"), answered("m2", text("Yes."))),
+        ["u:Hi | a:Hello. | u:Go on | a:Yes."], {"repeated lines, left out": 1, BRANCHES: 1},
+    ),
     "claude sidechain": (
         claude(
             asked("Delegate"), answered("m1", call("task")), asked("Count files", after=None, isSidechain=True),
@@ -258,6 +267,14 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         [hermes(*HERMES_CHAT), hermes(chat("user", "Hi"), chat("assistant", "Hello."))],
         [f"s:Be brief. | {HERMES_SHOWN}", "s:Be brief. | u:Hi | a:Hello."], {},
     ),
+    "codex of 2025": (
+        [
+            {"id": "c", "timestamp": "2025-06-01", "instructions": None}, {"record_type": "state"}, say("user", "Look"), item("a"), output("a"),
+            {"record_type": "state"}, say("assistant", "Done."),
+        ],
+        ["u:Look | a:>a | t:a=ok | a:Done."], {"rows of OpenAI Agents sessions": 1},
+    ),
+    "codex rolled back by nothing": (codex(*TWICE, event("thread_rolled_back", num_turns=0)), ["s:Be brief. | u:A | a:1. | u:B | a:2."], {}),
     "hermes transcript": ([{"role": "session_meta", "tools": [], "model": "m"}, *HERMES_CHAT], [HERMES_SHOWN], {}),
 }  # fmt: skip
 
@@ -383,6 +400,84 @@ def test_a_folder_of_sessions(tmp_path: Path) -> None:
     assert sorted(show(rows[i]) for i in range(len(rows))) == shown
     assert notes_of(rows)[BRANCHES] == 3
     assert "1 .json" in rows.skipped
+
+
+def test_a_resumed_session_is_trained_on_its_new_answers(tmp_path: Path) -> None:
+    more = claude(*[CLAUDE[n] for n in (0, 1)], asked("Go on"), answered("m2", text("Yes.")))
+    write(tmp_path / "a.jsonl", CLAUDE)
+    ids: tuple[Line, ...] = ({"uuid": "x0"}, {"uuid": "x1", "parentUuid": "x0"})
+    write(tmp_path / "b.jsonl", [line | other for line, other in zip(CLAUDE, ids, strict=True)])
+    write(tmp_path / "c.jsonl", more)
+    write(tmp_path / "d.jsonl", codex(*TWICE))
+    write(tmp_path / "e.jsonl", codex(*TWICE, *THIRD, id="other"))
+    rows = rows_of(tmp_path)
+    assert [show(rows[i]) for i in range(len(rows))] == [
+        "u:Hi | a:Hello.",
+        "u:Hi | (a):Hello. | u:Go on | a:Yes.",
+        "s:Be brief. | u:A | a:1. | u:B | a:2.",
+        "s:Be brief. | u:A | (a):1. | u:B | (a):2. | u:C | a:3.",
+    ]
+    assert notes_of(rows)["conversations of an earlier file, left out"] == 1
+    assert rows.where(1) == f"{tmp_path}/c.jsonl:1"
+    assert rows.digest() != rows_of(tmp_path / "[abd].jsonl").digest()
+
+
+def test_a_session_without_its_question_is_named(tmp_path: Path) -> None:
+    lines = [{**line, "session_id": "s"} for line in (answered("m1", text("I look.")),)]
+    with refuses(DataError, where=str(tmp_path), fix=["--replay-user-messages"]):
+        rows_of(write(tmp_path / "s.jsonl", lines).parent)
+
+
+CIRCLE = claude(
+    asked("A"), answered("m1", text("1.")), boundary(5), asked("B"), boundary(1), answered("m2", text("2."), after=2),
+)  # fmt: skip
+MANY = [(boundary(2 * n), answered(f"m{n}", text("x"), after=0)) for n in range(900)]
+ODD = (
+    None,
+    True,
+    -1,
+    1e400,
+    10**30,
+    "u1",
+    [],
+    ["a"],
+    [[1]],
+    [{"type": "tool_use", "id": []}],
+    {},
+    {"a": {}},
+)
+
+
+def fields_of(value: object) -> Iterator[tuple[Any, Any]]:
+    """Each place in a JSON value, as its holder and its key."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from fields_of(value[key])
+
+
+@pytest.mark.slow
+def test_odd_values_are_errors_of_the_session() -> None:
+    kept = {"preservedMessages": {"anchorUuid": "u5", "uuids": ["u0"], "headUuid": "u0"}}
+    files = [lines for lines, _, _ in FILES.values()] + [
+        claude(asked("A"), answered("m1", text("1.")), boundary(1, compactMetadata=kept), asked("B", after=1)),
+        CIRCLE, claude(asked("A"), *[line for pair in MANY for line in pair]),
+    ]  # fmt: skip
+    tried = 0
+    for lines in files:
+        form = next(filter(None, map(sessions._form_of_line, lines)))
+        table = Table(len(lines), lines.__getitem__, lambda i: f"line {i}", lambda: "")
+        for holder, key in [*fields_of(lines), (lines, 0)] if len(lines) < 40 else [(lines, 0)]:
+            before = holder[key]
+            for value in (*ODD, before):
+                holder[key] = value
+                tried += 1
+                with suppress(DataError):
+                    rows = sessions.read_sessions(table, form)
+                    for i in range(len(rows)):
+                        row: Any = rows.row(i)
+                        convert_row(row, Source(source="s", format="messages"), where=rows.where(i))
+    assert tried > 5000
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from tunesmith.config.row_settings import row_fix
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
 from tunesmith.data.source.listings import list_files
 from tunesmith.data.source.message_rows import group_messages
-from tunesmith.data.source.sessions import session_form
+from tunesmith.data.source.session_turns import UNASKED
+from tunesmith.data.source.sessions import session_form, without_shared
 from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import read_text_files
 from tunesmith.errors import DataError
@@ -65,7 +66,8 @@ def open_local(
     """
     prepare = group_messages if join_messages else replace
     if not _is_folder_or_pattern(path):
-        return _drop_empty_splits({"train": prepare(open_table(path))}, path)
+        [table] = without_shared([open_table(path)])
+        return _drop_empty_splits({"train": prepare(table)}, path)
     splits, all_skipped, config_layout = _select_files(path, config)
     tables = {}
     for split, files in splits.items():
@@ -73,7 +75,7 @@ def open_local(
             if files[0].suffix.lower() in TEXT_SUFFIXES:
                 table = read_text_files(files)
             else:
-                opened = [prepare(open_table(file)) for file in files]
+                opened = [prepare(table) for table in without_shared(list(map(open_table, files)))]
                 table = _join(
                     [_with_folder_keys(*pair, path) for pair in zip(opened, files, strict=True)]
                 )
@@ -89,12 +91,12 @@ def _drop_empty_splits(tables: dict[str, Table], path: Path) -> dict[str, Table]
     """Return the splits that have rows. Raise DataError if all splits are empty."""
     filled = {split: table for split, table in tables.items() if len(table)}
     if not filled:
-        raise DataError(
-            "the source has no rows",
-            where=path,
-            why="the files contain only blank lines, a header, or sessions without an answer",
-            fix="add rows, texts, or sessions with an answer of the agent",
-        )
+        why = "the files contain only blank lines, a header, or sessions without an answer"
+        fix = "add rows, texts, or sessions with an answer of the agent"
+        if any(UNASKED in str((table.layout, table.notes)) for table in tables.values()):
+            why = "the sessions have answers but no question: Claude Code's stream-json has none"
+            fix = "use the session's own file in ~/.claude/projects, or --replay-user-messages"
+        raise DataError("the source has no rows", where=path, why=why, fix=fix)
     return filled
 
 

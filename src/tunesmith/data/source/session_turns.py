@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
 # Values that mark a truncated answer in the Responses API, Anthropic's API and OpenAI's chat API,
 # in this order.
+UNASKED = "parts of answers before the first question, left out"
 _TRUNCATED = {"incomplete", "max_tokens", "length"}
 
 
@@ -181,7 +182,7 @@ def join_parts(parts: Iterable[SessionPart], notes: Counter[str]) -> list[dict[s
             messages.insert(at, message)
             continue
         if part.role == "assistant" and not is_asked:
-            notes["parts of answers before the first question, left out"] += 1
+            notes[UNASKED] += 1
             continue
         is_asked = is_asked or part.role == "user"
         if last["role"] != part.role:

@@ -10,13 +10,16 @@ Each conversation becomes one row.
 | OpenAI Agents | an item of the Responses API |
 
 The conversation of a subagent is a separate row. If an agent compacts its history, the row ends,
-and the next row starts with the compacted history. Omitted lines and parts are counted by kind.
+and the next row starts with the compacted history. A resumed session is trained only on its new
+answers. Omitted lines and parts are counted by kind.
 """
 
+import hashlib
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,11 @@ _ITEM_KEYS = {
 # Types of the items of the Responses API that contain a compacted history.
 _COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 _BRANCHES = "lines of other branches, left out"
+# Maximum number of times that the compactions of a session repeat its lines, on average.
+MAX_REPEATS = 50
+_TOO_MANY_REPEATS = f"the compactions repeat the lines more than {MAX_REPEATS} times"
+# Exceptions for values that have another type or form than the agents write.
+_ODD_VALUES = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 # A conversation: the first line to train on, and the numbers of all lines of the conversation. The
 # lines before the first line to train on are only context.
@@ -63,6 +71,7 @@ _Lines = Iterable[_Line]
 def session_form(path: Path) -> str:
     """Return the name of the agent that wrote the file, or "" if it is not a session file."""
     form: str | None = ""
+    is_described = False
     if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file():
         with open_uncached(path) as file:
             for _ in range(_HEAD_LINES):
@@ -70,7 +79,9 @@ def session_form(path: Path) -> str:
                     form = _form_of_line(json.loads(file.readline(MAX_ROW_BYTES)))
                 except (ValueError, RecursionError):
                     break
-                if form is not None:
+                # After a line that describes a session, read past unknown lines.
+                is_described = is_described or form is None
+                if form or not is_described:
                     break
     return form or ""
 
@@ -116,24 +127,42 @@ def read_sessions(lines: Table, form: str) -> Table:
     notes: Counter[str] = Counter()
     secrets = {}
     rows: list[tuple[int, array[int]]] = []
+    histories = []
+    at = 0
+    read = 0
+
+    def read_line(i: int) -> dict[str, Any]:
+        nonlocal at
+        at = i
+        return _read_line(lines, i, notes)
 
     def read_lines() -> Iterator[_Line]:
         for i in range(len(lines)):
-            line = _read_line(lines, i, notes)
+            line = read_line(i)
             if line:
                 yield i, line
 
-    for start, numbers in _CONVERSATIONS[form](read_lines(), notes):
-        values, found = _read_row(lines, start, numbers, notes)
-        if values["messages"]:
-            secrets[len(rows)] = found
-            rows.append((start, array("q", numbers)))
-        else:
-            notes["conversations without an answer, left out"] += 1
+    # Any value of a line can have another type than the agents write. The error then names the line
+    # that was read last.
+    try:
+        for start, numbers in _CONVERSATIONS[form](read_lines(), notes):
+            read += len(numbers)
+            if read > MAX_REPEATS * len(lines):
+                raise ValueError(_TOO_MANY_REPEATS)
+            found: list[str] = []
+            values: Any = _read_row(lines, read_line, start, numbers, notes, found)
+            messages = values["messages"]
+            if messages:
+                secrets[len(rows)] = found
+                histories.append(_history_hashes(messages))
+                rows.append((start, array("q", numbers)))
+            else:
+                notes["conversations without an answer, left out"] += 1
+    except _ODD_VALUES as error:
+        raise _unknown_line(lines.where(at), f"{type(error).__name__}: {error}") from None
 
     def row(i: int) -> Row:
-        values, _ = _read_row(lines, *rows[i], Counter())
-        return values
+        return _read_row(lines, read_line, *rows[i], Counter(), [])
 
     return Table(
         len(rows),
@@ -142,40 +171,95 @@ def read_sessions(lines: Table, form: str) -> Table:
         lines.fingerprint,
         notes=Counter({f"rows of {form} sessions": len(rows)}) + notes,
         secrets=secrets,
+        histories=histories,
+    )
+
+
+def _history_hashes(messages: Iterable[object]) -> list[int]:
+    """Return for each message a hash of the conversation up to and including this message."""
+    history = hashlib.blake2b(digest_size=8)
+    hashes = []
+    for message in messages:
+        history.update(json.dumps(message, sort_keys=True).encode())
+        hashes.append(int.from_bytes(history.digest(), "big"))
+    return hashes
+
+
+def without_shared(tables: Sequence[Table]) -> list[Table]:
+    """Train each answer of agent sessions only once.
+
+    A session that is resumed or forked in another file begins with the messages of the first file.
+    These messages are only context. A row without other messages is left out.
+
+    Args:
+        tables: tables of sessions and of other files, which are returned unchanged.
+    """
+    seen: set[int] = set()
+    return [_without_seen(table, seen) if table.histories else table for table in tables]
+
+
+def _without_seen(table: Table, seen: set[int]) -> Table:
+    """Exclude the conversations in `seen` from training, and add those of the table to `seen`."""
+    kept = []
+    for i, history in enumerate(table.histories):
+        shared = sum(each in seen for each in history)
+        seen.update(history)
+        if shared < len(history):
+            kept.append((i, shared))
+
+    def row(i: int) -> object:
+        number, shared = kept[i]
+        values: Any = table.row(number)
+        for message in values["messages"][:shared]:
+            if message["role"] == "assistant":
+                message["train"] = False
+        return values
+
+    def fingerprint() -> str:
+        return hashlib.sha256(f"{table.fingerprint()} {kept}".encode()).hexdigest()
+
+    notes = Counter({"conversations of an earlier file, left out": len(table) - len(kept)})
+    return replace(
+        table,
+        size=len(kept),
+        row=row,
+        where=lambda i: table.where(kept[i][0]),
+        fingerprint=fingerprint,
+        notes=table.notes + notes,
+        secrets={n: table.secrets[i] for n, (i, _) in enumerate(kept)},
+        histories=(),
     )
 
 
 def _read_row(
-    lines: Table, start: int, numbers: Iterable[int], notes: Counter[str]
-) -> tuple[Row, list[str]]:
-    """Convert a conversation to a row.
-
-    Return the row, and the location and kind of each secret in the row.
+    lines: Table,
+    read_line: Callable[[int], dict[str, Any]],
+    start: int,
+    numbers: Iterable[int],
+    notes: Counter[str],
+    secrets: list[str],
+) -> Row:
+    """Convert a conversation to a row. Add location and kind of its secrets to `secrets`.
 
     Answers before the line `start` are only context, because the model is trained on them in an
     earlier row.
     """
     parts = []
-    secrets = []
     tools = None
     size = 0
     for i in numbers:
         if size > MAX_ROW_BYTES:
             notes[f"conversations cut off after {MAX_ROW_BYTES >> 20} MiB"] += 1
             break
-        line = _read_line(lines, i, notes)
+        line = read_line(i)
         where = lines.where(i)
         if "messages" in line or line.get("role") == "session_meta":
             tools = line.get("tools")
-        try:
-            line_parts = list(parts_of(line, notes))
-        except (AttributeError, LookupError, TypeError) as error:
-            raise _unknown_line(where, f"{type(error).__name__}: {error}") from None
-        for part in line_parts:
+        for part in parts_of(line, notes):
             size += len(part.value or "")
             secrets += [f"{where}: {kind}" for kind in secrets_in(part.value)]
             parts.append(part._replace(is_trained=part.is_trained and i >= start))
-    return {"messages": join_parts(parts, notes), "tools": tools}, secrets
+    return {"messages": join_parts(parts, notes), "tools": tools}
 
 
 def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
@@ -211,6 +295,9 @@ def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conve
             notes[f"lines of type {kind}, left out"] += 1
             continue
         if str(line.get("uuid")) in transcript.numbers:
+            notes["repeated lines, left out"] += 1
+            continue
+        if transcript.is_copy(i, line):
             notes["repeated lines, left out"] += 1
             continue
         agent = transcript.place(i, line)
@@ -260,6 +347,23 @@ class _Transcript:
         self._answers: dict[object, int] = {}
         # The first line of an answer -> its lines, and the lines with results of its calls.
         self._members: dict[int, tuple[list[int], list[int]]] = {}
+        # Id and content of a part of an answer -> number of its first line.
+        self._contents: dict[str, int] = {}
+
+    def is_copy(self, i: int, line: Mapping[str, Any]) -> bool:
+        """Return whether an earlier line has the same part of an answer.
+
+        If so, the children of this line become children of the earlier line, so that the copied
+        question before it is on another branch.
+        """
+        message = line.get("message")
+        if not isinstance(message, dict) or not message.get("id"):
+            return False
+        content = json.dumps([message["id"], message.get("content")], sort_keys=True)
+        first = self._contents.setdefault(content, i)
+        if first != i:
+            self.numbers[str(line.get("uuid"))] = first
+        return first != i
 
     def place(self, i: int, line: Mapping[str, Any]) -> str:
         """Add a line to the tree as a child of its parent line.
@@ -318,8 +422,13 @@ class _Transcript:
         """
         conversations: list[_Conversation] = []
         end: int | None = last
+        read = 0
         while end is not None:
             path = self._path(end)
+            # Each compaction can repeat the conversation, and damaged ids can form a circle.
+            read += len(path)
+            if read > MAX_REPEATS * len(self._parents):
+                raise ValueError(_TOO_MANY_REPEATS)
             start = path[-1]
             answers = dict.fromkeys(self._answers.get(i, i) for i in reversed(path))
             numbers = []
@@ -383,11 +492,11 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
                 last = next(reversed(history))
                 questions.append(last if history[last] else i)
             case "event_msg", "thread_rolled_back" if questions:
-                undone = int(payload.get("num_turns", 1))
-                first = questions[-undone:][0]
-                questions = [n for n in questions if n < first]
-                notes[_BRANCHES] += sum(n >= first for n in history)
-                history = {n: stays for n, stays in history.items() if n < first}
+                for _ in range(min(len(questions), payload.get("num_turns", 1))):
+                    first = questions.pop()
+                    while history and next(reversed(history)) >= first:
+                        history.popitem()
+                        notes[_BRANCHES] += 1
             case kind, _:
                 notes[f"lines of type {kind}, left out"] += 1
     yield start, [*about, *history]

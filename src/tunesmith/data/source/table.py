@@ -78,6 +78,7 @@ class Table:
         skipped: text for a warning that lists what was not read in a folder, or "".
         notes: for agent sessions, the number of omitted and changed lines by kind.
         secrets: for agent sessions, row number -> location and kind of each secret in the row.
+        histories: for agent sessions, the hashes of the conversation up to each message of a row.
     """
 
     size: int
@@ -92,6 +93,7 @@ class Table:
     skipped: str = ""
     notes: Counter[str] = field(default_factory=Counter)
     secrets: Mapping[int, list[str]] = field(default_factory=dict)
+    histories: Sequence[Sequence[int]] = ()
 
     def __len__(self) -> int:
         return self.size
