@@ -136,7 +136,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> int:
         args = parser(name).parse_args(words)
         try:
             if (ranks := ranks_to_start(args)) > 1:
-                return start_ranks(name, args, words, ranks)
+                return start_ranks(name, words, ranks)
             return _run(name, args, read_settings(name, args, words))
         except TunesmithError as error:
             for part in ("what", "where", "why", "fix"):
@@ -168,7 +168,7 @@ def ranks_to_start(args: argparse.Namespace) -> int:
     return args.ranks or count_gpus() or 1
 
 
-def start_ranks(name: str, args: argparse.Namespace, words: Sequence[str], ranks: int) -> int:
+def start_ranks(name: str, words: Sequence[str], ranks: int) -> int:
     """Run the script as `ranks` processes on this machine, as `tunesmith launch local` does.
 
     Return the exit code.
@@ -176,9 +176,8 @@ def start_ranks(name: str, args: argparse.Namespace, words: Sequence[str], ranks
     from tunesmith.launch import node
 
     flags = node.parser().parse_args(["--id", SHARED, "--", name])
-    return node.run_program(
-        flags, ranks, [str(Path(__file__).with_name(f"{name}.py")), *words], run_folder(name, args)
-    )
+    program = [str(Path(__file__).with_name(f"{name}.py")), *words]
+    return node.run_program(flags, ranks, program)
 
 
 def read_settings(name: str, args: argparse.Namespace, words: Sequence[str]) -> LauncherSettings:

@@ -28,6 +28,8 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
+# Exit code of shells for a process that was ended by a signal: 128 + SIGINT.
+EXIT_INTERRUPTED = 130
 
 # Likely causes of a failure: the name in failure.json, and a description for the user.
 CAUSES = {

@@ -91,9 +91,7 @@ def spaces() -> Iterator[list[str]]:
 def test_ranks_get_the_words_of_the_command_and_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """All users of a machine see the words of its processes."""
     programs: list[list[str]] = []
-    monkeypatch.setattr(
-        node, "run_program", lambda args, ranks, program, out: programs.append(program)
-    )
+    monkeypatch.setattr(node, "run_program", lambda args, ranks, program: programs.append(program))
     monkeypatch.setenv("HF_TOKEN", "hf_CANARY0123456789")
     words = ["eval", "runs/mine", "--json"]
     node.run_node(node.parser().parse_args(["--ranks", "2", "--", *words]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+from threading import Timer
 from typing import Any
 from unittest import mock
 
@@ -25,6 +28,7 @@ from tunesmith.distributed.ranks import (
 from tunesmith.distributed.torch_private import find_nccl_error
 from tunesmith.distributed.vocab_parallel import sharding_groups
 from tunesmith.errors import DataError, MachineError, OtherRankError, TunesmithError
+from tunesmith.host.signals import StopRequest
 from tunesmith.parallel.mesh import Mesh, MeshShape
 
 
@@ -71,6 +75,35 @@ def test_ranks_share_values_and_errors():
     assert "rows of 1" in texts[0]
     assert places == ((0, 0), (0, 1), (1, 0), (1, 1))
     assert limits == ({COLLECTIVE_TIMEOUT},) * 4  # torch's own is half an hour
+
+
+def left_together(fault: str) -> tuple[str, int]:
+    """The error with which a rank leaves a block in which rank 0 acts first, and its code."""
+    try:
+        with StopRequest(), join_ranks() as ranks:
+            ranks.all_gather_object(None)
+            if fault == "stop":  # one waits for the other in a collective
+                Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            with ranks.raise_on_all_ranks():
+                if fault == "error" and ranks.rank == 1:
+                    raise DataError("broken")
+                with ranks.local_main_process_first():
+                    time.sleep(2)
+    except TunesmithError as error:
+        return type(error).__name__, error.exit_code
+    return "", 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "left"),
+    [
+        ("stop", [("StoppedEarlyError", 75)] * 2),
+        ("error", [("OtherRankError", 2), ("DataError", 2)]),
+    ],
+)
+def test_ranks_leave_a_block_together_wherever_one_of_them_fails(fault, left):
+    assert run_ranks(2, left_together, fault) == left
 
 
 def test_nccls_watchdog_ends_no_process_unless_the_user_wants_it(monkeypatch):

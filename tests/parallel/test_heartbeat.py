@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from ranks import environment_of, forkserver, free_port
+from tunesmith.distributed import activity
 from tunesmith.distributed.ranks import HEARTBEAT_VARIABLE, heartbeat_limit, join_ranks, meet
 from tunesmith.errors import CheckpointError, MachineError, OtherRankError, TunesmithError
 from tunesmith.host.signals import Interrupted
@@ -51,15 +52,17 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
     from tunesmith.distributed.torch_private import collective
 
     torch.set_num_threads(1)
+    activity.ENDLESS_AFTER_S = 2.0
     sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
     code = 0
     try:
         with join_ranks() as ranks:
             heartbeat, value = ranks.heartbeat, torch.ones(10)
             heartbeat.report.on_fault = partial(write_fault, folder / f"failure-{ranks.rank}")
+            other_group = dist.new_group()
+            heartbeat.phase("training", {"hang": 2.0, "slow": 60.0, "endless": 60.0}.get(fault))
             if fault == "slow" and ranks.rank == 1:
                 time.sleep(2.5 * LIMIT)  # a load, a compile or a save, which the others wait for
-            heartbeat.phase("training", 2.0 if fault == "hang" else None)
             if fault == "nccl" and ranks.rank == 0:
                 heartbeat.probes.find_error = lambda: (
                     "NCCL: REMOTE_ERROR" if heartbeat.activity.step == 20 else ""
@@ -78,6 +81,8 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                     elif fault in ERRORS:
                         # As the trainer's are that need no other words
                         raise ERRORS[fault] from ERRORS[fault]
+                    elif fault == "endless":  # each waits for the other
+                        dist.all_reduce(value, group=other_group)
                     elif fault in ("hang", "nccl"):
                         time.sleep(1000)
             # One that ends early is not missed, and the store waits for the last
@@ -144,6 +149,16 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(tmp_path, fault,
     assert ("why: NCCL: REMOTE_ERROR" in printed) == (fault == "nccl")
 
 
+def test_ranks_that_wait_for_each_other_end_and_are_named_with_the_collective(tmp_path: Path):
+    codes, printed = strike("endless", tmp_path)
+    assert codes == [1, 1, 1]
+    assert printed.count("error: ") == 1, printed
+    [failure] = failures(tmp_path)
+    place = {name: failure[name] for name in ("cause", "phase", "collective")}
+    assert place == {"cause": "hang", "phase": "training", "collective": "all_reduce"}
+    assert [f"rank {rank} on {HOST}" in failure["what"] for rank in range(3)] == [True] * 3
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "others"),
     [
@@ -157,7 +172,8 @@ def test_an_error_of_one_rank_ends_the_others_and_is_told_by_itself(tmp_path, fa
     assert "error" not in printed  # the command line prints what rank 1 has raised
     error = ERRORS[fault]
     assert (tmp_path / "raised-1").read_text() == f"{type(error).__name__}: {error}"
-    [failure] = failures(tmp_path)
+    failure, *copies = failures(tmp_path)
+    assert copies == [failure] * 2 * (fault == "signal")  # each rank notes a stop for itself
     assert failure["rank"] == 1
     assert failure["what"].startswith(WHO)
     assert getattr(error, "what", "") in failure["what"]

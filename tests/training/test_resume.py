@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -16,12 +17,22 @@ import vision_models
 from errors import lines_with, refuses
 from recipes import make_run, merge, recipe
 from tunesmith.checkpoint import contents, manifest, replicate
+from tunesmith.checkpoint.claim import is_run, run_files
 from tunesmith.config.schema import Run
 from tunesmith.errors import StoppedEarlyError, StoppedError
+from tunesmith.host import signals
 from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
 from tunesmith.launch.job import Job
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.run_dir import RUNNING, STOP_FILE, RunState
+from tunesmith.run_dir import (
+    RUNNING,
+    STOP_FILE,
+    Manifest,
+    RunningNote,
+    RunState,
+    Stopped,
+    read_object,
+)
 from tunesmith.stages.tokens import TokenFacts
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
@@ -355,17 +366,58 @@ def test_the_file_stop_is_kept_by_one_process_and_an_old_one_is_not(file: Path, 
     assert (out / "final" / "manifest.json").exists()
 
 
-def test_ranks_that_a_launcher_would_start_again_stay_stopped(file: Path, tmp_path: Path):
+@pytest.mark.parametrize("first_rank", [False, True], ids=["launcher", "first rank"])
+def test_ranks_that_a_launcher_would_start_again_stay_stopped(first_rank, file, tmp_path):
     out = tmp_path / "run"
     words = ["launch", "local", file, "--ranks", "2", "--restarts", "3"]
     launcher = Warm(words, prepare=slow_ranks)
     try:
         wait_for((out / RUNNING).exists, launcher)
-        os.kill(launcher.pid, signal.SIGTERM)
+        pid = read_object(out / RUNNING, RunningNote)["process"] if first_rank else launcher.pid
+        os.kill(pid, signal.SIGTERM)
         printed = "".join(launcher.communicate(timeout=TIME))
     finally:
         launcher.kill()
     assert launcher.returncode == 75, printed
-    assert not (out / "final").exists()
-    assert not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text()
     assert "Traceback" not in printed
+    assert run_files(out) == []
+    (out / "stopped.json").write_text('{"next": "", "cause": null}')  # by a rank that ended last
+    assert is_run(out)
+
+
+def block_in_a_step() -> None:
+    """Let step 5 wait in C, where no signal handler of Python runs."""
+    from tunesmith.training.trainer import Trainer as Blocked
+
+    step = Blocked.train_step
+    signals.ONE_REQUEST = signals.END_NOW_SECONDS = 0.2
+    StopRequest.is_of_command = True
+
+    def blocked(self: Trainer, batch: Any) -> Any:
+        if batch.step == 4:
+            (self.out / LOADED).touch()
+            mutex = ctypes.create_string_buffer(64)
+            for _ in range(2):
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        return step(self, batch)
+
+    Blocked.train_step = blocked  # type: ignore[method-assign]
+
+
+def test_a_second_signal_ends_a_blocked_step_and_tells_what_is_saved(file: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    words = ["train", file, "train.duration=6 steps", "checkpoint.every=2 steps"]
+    process = Warm(words, prepare=block_in_a_step)
+    try:
+        wait_for((out / LOADED).exists, process)
+        for _ in range(2):
+            os.kill(process.pid, signal.SIGTERM)
+            time.sleep(0.5)
+        printed = "".join(process.communicate(timeout=TIME))
+    finally:
+        process.kill()
+    assert process.returncode == 130, printed
+    assert lines_with(printed, "SIGTERM", "step 4")
+    assert read_object(out / "stopped.json", Stopped)["step"] == 4
+    assert run_warm(words).returncode == 0
+    assert read_object(out / "final" / "manifest.json", Manifest)["step"] == 6

@@ -93,9 +93,13 @@ def is_run(output_dir: Path) -> bool:
     lock = output_dir / LOCK
     identity = output_dir / IDENTITY
     metrics = output_dir / METRICS
+    files = run_files(output_dir)
     try:
         if identity.is_file():
             return "recipe_hash" in read_object(identity, Fields)
+        # A rank can report the end of a start after the lock was removed with the other files.
+        if files and all(map(_is_report, files)):
+            return True
         if not lock.is_file() or lock.read_bytes() != LOCK_CONTENT:
             return False
         # A run writes env.json before its first step. If there are recorded steps but no env.json,
@@ -104,7 +108,15 @@ def is_run(output_dir: Path) -> bool:
             return False
     except (OSError, ValueError, TypeError):
         return False
-    return all(_EARLY.fullmatch(path.name) for path in run_files(output_dir))
+    return all(_EARLY.fullmatch(path.name) for path in files)
+
+
+def _is_report(path: Path) -> bool:
+    """Return whether a file is a report that a run has written about its end.
+
+    Raise OSError or ValueError if it cannot be read.
+    """
+    return path.name in (FAILURE, STOPPED) and {"next", "cause"} <= read_object(path, Fields).keys()
 
 
 def _stop_requested_at(output_dir: Path) -> int:

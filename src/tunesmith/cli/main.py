@@ -34,6 +34,7 @@ from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.trust import TRUSTS_CODE
 from tunesmith.errors import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_OK,
     MachineError,
     OtherRankError,
@@ -52,9 +53,7 @@ from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, survive_write_errors, visible, width_of
 from tunesmith.runtime.host import bound_shape_caches, prepare_threads
 
-# Exit codes that shells use for a process that was ended by a signal: 128 + SIGINT, and 128 +
-# SIGPIPE.
-EXIT_INTERRUPTED = 130
+# Exit code of shells for a process that was ended by a signal: 128 + SIGPIPE.
 EXIT_BROKEN_PIPE = 141
 
 # Type of a table of commands. It maps the name of a group to the commands of the group, and the

@@ -10,10 +10,17 @@ from math import inf
 from types import FrameType
 
 from tunesmith.distributed.beats import Beat, RunClock
+from tunesmith.run_dir import Phase
 
 # Seconds without progress after which a rank counts as stuck. The limit is long compared with the
 # seconds that a micro batch or a token takes if the model fits into the memory of the machine.
 STUCK_AFTER_S = 30 * 60.0
+# Minimum number of seconds that all ranks wait in collectives before these count as endless. After
+# the first step, the limit is this number of times the longest step, if that is longer.
+ENDLESS_AFTER_S = 5 * 60.0
+LONGER_THAN_A_STEP = 10
+# A collective in these phases can wait for a disk.
+WAITING_PHASES = (Phase.JOINING, Phase.SAVING, Phase.SAVING_FINAL)
 # Additional seconds for the first forward pass of each shape. They are needed because compiling a
 # layer's graphs takes minutes.
 COMPILING_S = 30 * 60.0
@@ -56,6 +63,8 @@ class Activity:
         beat: the next heartbeat message of this rank. It holds the recorded phase and location.
         step: the last complete step.
         moved_at: the time of the last progress of the main thread, in seconds of `clock`.
+        waits_since: the time at which the main thread was first seen in its current collective.
+        longest_step: seconds of the longest step so far.
         phase_name: the current phase of the run.
         phase_prefix: text before the name of the phase in `beat`, for example the part of a
             self-check.
@@ -68,6 +77,8 @@ class Activity:
     probes: Probes
     step: int = 0
     moved_at: float = 0.0
+    waits_since: float = 0.0
+    longest_step: float = 0.0
     phase_name: str = ""
     phase_prefix: str = ""
     longest_limit: float = inf
@@ -78,6 +89,10 @@ class Activity:
         self.phase_name = name
         self.beat.phase = f"{self.phase_prefix}{name}"
         self.beat.limit = min(limit or inf, self.longest_limit)
+        self.beat.waiting_limit = inf
+        if limit is not None and name not in WAITING_PHASES:
+            longest = LONGER_THAN_A_STEP * self.longest_step
+            self.beat.waiting_limit = max(ENDLESS_AFTER_S, longest)
         self.progress()
 
     def progress(self, step: int | None = None) -> None:
@@ -117,6 +132,7 @@ class Activity:
         """Update the counter and the idle time of the next heartbeat message."""
         self.beat.count += 1
         self.beat.idle = self.clock.seconds - self.moved_at
+        self.beat.waiting = min(self.beat.idle, self.clock.seconds - self.waits_since)
 
     def sample(self) -> None:
         """Record the current location of the main thread, or of the thread that it waits for."""
@@ -147,8 +163,12 @@ class Activity:
         beat = self.beat
         # A call of an NCCL collective returns at once. If the main thread waits for its result, no
         # stack frame shows the collective.
-        if not collective and beat.idle > beat.limit / 2 and self.probes.gpu_is_busy():
+        # Before the first step has been measured, the GPU may also be busy with autotuning.
+        limit = beat.waiting_limit if self.longest_step else beat.limit
+        if not collective and beat.idle > limit / 2 and self.probes.gpu_is_busy():
             collective = "a wait for the GPU"
+        if not collective or collective != beat.collective:
+            self.waits_since = self.clock.seconds
         beat.collective = collective
         places = (beat.phase, f"step {self.step}", collective, own_line)
         beat.place = ", ".join(place for place in places if place)

@@ -34,6 +34,8 @@ class Beat:
         idle: seconds since the last progress.
         limit: maximum for `idle` before the rank counts as stuck.
         stops: whether the rank has a request to stop the run.
+        waiting: seconds that the main thread has waited in `collective`.
+        waiting_limit: maximum for `waiting`. If all ranks exceed it, none of them can continue.
         is_done: whether the rank has finished. If True, missing messages of this rank are no fault.
     """
 
@@ -45,6 +47,8 @@ class Beat:
     idle: float = 0.0
     limit: float = inf
     stops: bool = False
+    waiting: float = 0.0
+    waiting_limit: float = inf
     is_done: bool = False
 
 

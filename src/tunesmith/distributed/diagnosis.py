@@ -131,29 +131,38 @@ class Diagnosis:
         longer limit.
         """
         beats = self.peers.beats
+        working = [beat for beat in beats if not beat.is_done]
+        if working and all(beat.waiting > beat.waiting_limit for beat in working):
+            return self._endless_collective()
         overdue = [rank for rank, beat in enumerate(beats) if beat.idle > beat.limit]
         if not overdue:
             return {}
         longest = max(beats[rank].idle for rank in overdue)
         stuck = [rank for rank in overdue if not beats[rank].collective]
-        why = "the main thread hangs"
         if not stuck:
-            why = "the ranks wait in collectives, for each other or for the network"
             for rank, beat in enumerate(beats):
                 # A rank that is within its limit can still make progress, unless it has finished or
                 # waits in a collective almost as long as the others.
                 waits_too = beat.collective and beat.idle > longest / 2
                 if rank not in overdue and not beat.is_done and not waits_too:
                     return {}
+            return self._endless_collective()
+        what = f"{self.peers.names(stuck)} made no progress for {longest:.0f} s"
+        return self.fields(what, "the main thread hangs", "hang", stuck=stuck)
+
+    def _endless_collective(self) -> ErrorFields:
+        """Return the error fields for ranks that wait in collectives which never end."""
+        beats = self.peers.beats
+        longest = max(beat.idle for beat in beats)
         # List all ranks that have been idle for at least half of `longest` seconds, because they
         # reached the collective at different times.
         idle = [rank for rank, beat in enumerate(beats) if beat.idle > longest / 2]
-        return self.fields(
-            f"{self.peers.names(stuck or idle)} made no progress for {longest:.0f} s",
-            why,
-            "hang",
-            stuck=stuck,
-        )
+        what = f"{self.peers.names(idle)} made no progress for {longest:.0f} s"
+        why = "the ranks wait in collectives, for each other or for the network"
+        fields = self.fields(what, why, "hang")
+        # No rank is blamed, but all of them are in this phase.
+        place = self.peers.place_of(idle[0])
+        return fields | {"failed_rank": {name: place[name] for name in ("phase", "collective")}}
 
     def lost_store(self, why: str) -> ErrorFields:
         """Return the error fields for a store that does not answer.

@@ -24,10 +24,9 @@ class FailureReport:
         decided_at: the value of `time.monotonic` when `fault` was decided.
         is_ending: whether the main thread has raised an error and is about to end.
         own_error: the error fields that this rank has to publish. Empty if it has none.
-        on_fault: a function with the arguments (fault, last step). On each node, a heartbeat thread
-            of the rank that reports the fault calls it.
-        stopped_code: the exit code of this rank if another rank was stopped before the first step,
-            so that there was nothing to save.
+        on_fault: a function with the arguments (fault, last step). A heartbeat thread calls it on
+            the rank of each node that reports the fault, and after a stop on all ranks.
+        stopped_code: returns the exit code of this rank if another rank was stopped.
     """
 
     fault: TunesmithError | None = None
@@ -36,7 +35,7 @@ class FailureReport:
     is_ending: bool = False
     own_error: ErrorFields = field(default_factory=dict)
     on_fault: Callable[[TunesmithError, int], object] = lambda fault, step: None
-    stopped_code: int = EXIT_STOPPED
+    stopped_code: Callable[[], int] = lambda: EXIT_STOPPED
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def decide(self, fields: ErrorFields, step: int, *, reports: bool, is_raised: bool) -> None:
@@ -56,14 +55,15 @@ class FailureReport:
             is_stop = fields.pop("stopped", False)
             fault = StoppedEarlyError(**fields) if is_stop else RunError(**fields)
             if is_stop:
-                fault.exit_code = self.stopped_code
+                fault.exit_code = self.stopped_code()
             # Set `decided_at` before `fault`, because a thread that finds a fault counts the
             # seconds since `decided_at`.
             self.decided_at = time.monotonic()
             self.fault = fault
-        if reports:
-            if not is_raised:
-                print(visible(fault.text()), file=sys.stderr, flush=True)
+        if reports and not is_raised:
+            print(visible(fault.text()), file=sys.stderr, flush=True)
+        # Record a stop on each rank: the rank that was stopped may not write the run directory.
+        if reports or is_stop:
             with contextlib.suppress(OSError):
                 self.on_fault(fault, step)
         self.fault_event.set()

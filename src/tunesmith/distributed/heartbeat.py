@@ -152,7 +152,7 @@ class Heartbeat:
             failure: the error that this rank reports to the user, if its text is not that of
                 `error`.
         """
-        chain = _causes(error)
+        chain = causes_of(error)
         if self.store is None or any(map(self._is_agreed, chain)):
             self.agreed = error
             return error
@@ -315,7 +315,7 @@ class Heartbeat:
         self.report.decide(fields, self.activity.step, reports=reports, is_raised=is_raised)
 
 
-def _causes(error: BaseException) -> list[BaseException]:
+def causes_of(error: BaseException) -> list[BaseException]:
     """Return a list of the error and its chain of causes. The last element is the first cause."""
     chain = [error]
     cause = error.__cause__

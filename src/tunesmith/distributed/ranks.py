@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from tunesmith.distributed.activity import Probes
-from tunesmith.distributed.heartbeat import UNDECIDED, Heartbeat, refuses_connections
+from tunesmith.distributed.heartbeat import UNDECIDED, Heartbeat, causes_of, refuses_connections
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -33,7 +34,7 @@ from tunesmith.errors import (
     UsageError,
     first_line,
 )
-from tunesmith.host.signals import wait_for_signal
+from tunesmith.host.signals import signals_deferred, wait_for_signal
 from tunesmith.run_dir import Phase
 from tunesmith.units import count_of
 
@@ -69,7 +70,17 @@ WATCHDOG_SETTINGS = (
 # and other MPI implementations. SLURM_NTASKS is not listed, because it is also set in a batch
 # script that does not use srun and therefore has only one process.
 WORLD_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# Environment variable with the path of a file. The node agent sets it, and a stopped rank creates
+# the file, because its exit code 0 does not tell the agent about the stop.
+STOP_NOTE = "TUNESMITH_STOP_NOTE"
 T = TypeVar("T")
+
+
+class FailedRank(NamedTuple):
+    """The message that a failed rank sends to the other ranks in place of a value."""
+
+    exit_code: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -131,14 +142,37 @@ class Ranks:
     def all_gather_object(self, value: T) -> list[T]:
         """Return the values of all ranks, in rank order, on every rank.
 
-        This is a collective call.
+        This is a collective call. Raise OtherRankError if another rank has failed, see
+        `raise_on_all_ranks`.
+        """
+        return self._gather(value, None)
+
+    def _gather(self, value: T, error: BaseException | None) -> list[T]:
+        """Return the values of all ranks. If ranks have failed, raise an error on all ranks.
+
+        Args:
+            error: the error of this rank, which sends a FailedRank instead of `value`.
         """
         if self.world == 1:
             return [value]
         import torch.distributed as dist
 
+        sent = FailedRank(_exit_code_of(error), str(error)) if error is not None else value
         values = [value] * self.world
-        dist.all_gather_object(values, value, group=self.group)
+        # The call consists of two collectives. A signal that interrupted it between them would
+        # leave the ranks in different collectives.
+        with signals_deferred():
+            dist.all_gather_object(values, sent, group=self.group)
+            for rank, gathered in enumerate(values):
+                if not isinstance(gathered, FailedRank):
+                    continue
+                if error is None or rank != self.rank:
+                    text = f"{self.name(rank)} failed: {gathered.text}"
+                    raised: BaseException = OtherRankError(text, exit_code=gathered.exit_code)
+                else:
+                    raised = error
+                self.heartbeat.agreed = raised
+                raise raised from error
         return values
 
     @contextmanager
@@ -146,10 +180,10 @@ class Ranks:
         """Context manager: if the block fails on one rank, raise an error on all ranks at the end
         of the block.
 
-        The block must not contain a collective, except `local_main_process_first`, whose collective
-        is reached also after an error. The lowest failed rank raises its own error and
-        reports it. The other ranks raise `OtherRankError`, which is not printed and has the exit
-        code of the first error.
+        A failed rank leaves the block at once. Another rank learns of the failure in its next call
+        of `all_gather_object`, inside the block or at its end. The block must not contain other
+        collectives. The lowest failed rank raises its own error and reports it. The other ranks
+        raise `OtherRankError`, which is not printed and has the exit code of the first error.
         """
         if self.world == 1:
             yield
@@ -158,16 +192,11 @@ class Ranks:
         try:
             yield
         except BaseException as caught:  # includes the KeyboardInterrupt of a signal
+            # All ranks know this error from a collective inside the block.
+            if self.heartbeat.agreed in causes_of(caught):
+                raise
             error = caught
-        # All ranks reach this collective, with or without an error.
-        outcomes = self.all_gather_object((_exit_code_of(error), str(error)))
-        for rank, (code, text) in enumerate(outcomes):
-            if not code:
-                continue
-            if error is not None and rank == self.rank:
-                self.heartbeat.agreed = error
-                raise error
-            raise OtherRankError(f"{self.name(rank)} failed: {text}", exit_code=code) from error
+        self._gather(None, error)
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
@@ -175,22 +204,19 @@ class Ranks:
         of the node.
 
         The other ranks can read what the first rank has cached. The block must not contain a
-        collective.
+        collective. Use it inside `raise_on_all_ranks`, which tells the other ranks about an error
+        in the block.
         """
         # All ranks enter one collective: the first rank of a node enters it after the block, and
         # the other ranks enter it before the block.
         if self.local_rank:
             self.all_gather_object(None)
-        try:
-            yield
-        finally:
-            if not self.local_rank:
-                self.all_gather_object(None)
+        yield
+        if not self.local_rank:
+            self.all_gather_object(None)
 
 
-def _exit_code_of(error: BaseException | None) -> int:
-    if error is None:
-        return EXIT_OK
+def _exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):  # a stop signal
         return EXIT_STOPPED
     if isinstance(error, TunesmithError):
@@ -235,6 +261,18 @@ def is_launched() -> bool:
     Such a launcher restarts the process if its exit code is not 0.
     """
     return started_as() is not None or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def stopped_code() -> int:
+    """Return the exit code of a stopped rank. If the node agent started the rank, tell the agent
+    about the stop.
+    """
+    if not is_launched():
+        return EXIT_STOPPED
+    note = os.environ.get(STOP_NOTE)
+    if note:
+        Path(note).touch()
+    return EXIT_OK
 
 
 @contextmanager
@@ -307,10 +345,7 @@ def join_ranks() -> Iterator[Ranks]:
         dist.PrefixStore(group, heartbeat_store),
         probes,
     )
-    if is_launched():
-        # Use exit code 0 for a stopped rank, because the launcher would restart a rank that ends
-        # with another exit code.
-        heartbeat.report.stopped_code = EXIT_OK
+    heartbeat.report.stopped_code = stopped_code
     try:
         with heartbeat:
             # Set a limit, because Gloo waits forever if it uses a wrong network interface.

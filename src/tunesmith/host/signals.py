@@ -10,7 +10,6 @@ from before are restored.
 
 import _thread
 import logging
-import math
 import os
 import select
 import signal
@@ -23,7 +22,7 @@ from io import FileIO
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
-from tunesmith.errors import EXIT_STOPPED, LowMemoryError, StoppedEarlyError, StoppedError
+from tunesmith.errors import EXIT_INTERRUPTED, LowMemoryError, StoppedEarlyError, StoppedError
 from tunesmith.host.streams import visible
 
 log = logging.getLogger(__name__)
@@ -40,6 +39,12 @@ STOP_PATIENCE_SECONDS = 0.7
 # Two SIGINTs within this time (in seconds) count as one press of ctrl-C: the terminal sends a
 # SIGINT to all processes, and a wrapper such as `timeout` forwards its SIGINT again.
 ONE_PRESS = 0.3
+# The same for other signals. Schedulers and launchers each send theirs to the ranks.
+ONE_REQUEST = 5.0
+# Seconds that the main thread has to end after a second signal. It may be blocked in a collective.
+END_NOW_SECONDS = 2.0
+# Seconds in which the other ranks read that this rank ends.
+TELL_SECONDS = 3.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,20 +75,22 @@ class StopRequest:
 
     Until `defer_signals` is called, a signal raises KeyboardInterrupt, because libraries rarely
     catch this exception. At the end of the context, StoppedError replaces it. After `defer_signals`
-    a signal is only recorded: the caller reads `signal` and ends the run. A second ctrl-C then sets
-    `now` and raises KeyboardInterrupt.
+    a signal is only recorded: the caller reads `signal` and ends the run. A second signal of the
+    same kind then sets `now` and raises KeyboardInterrupt. If the main thread of a command does not
+    end soon after that, the watcher thread ends the process with exit code 130.
 
     Attributes:
         signal: name of the first stop signal, or None.
         low_memory: the report of low memory, or None.
-        now: whether a second ctrl-C asked to stop without saving.
+        now: whether a second signal asked to stop without saving.
         doing: the work that is completed before the run stops, in words for the user.
         takes: duration of this work in seconds.
         saving: bytes of host memory that a save needs.
-        saved_step: the step that an earlier start of the run has saved, or 0.
+        find_saved_step: function that returns the newest saved step of the run, or None.
         nothing_to_save: if True, a deferred signal ends a command immediately. The watcher thread
             calls `on_exit` and exits, because an exception inside torch's C++ code would abort the
             process.
+        tell_ranks: function that tells the other ranks that this process ends.
         patience: seconds between a signal that raises KeyboardInterrupt and the exit of the
             process, if the main thread has not ended by then. A library may block the main thread.
             None if the process belongs to another program.
@@ -104,13 +111,15 @@ class StopRequest:
         self.doing = "this step"
         self.takes = 0.0
         self.saving = 0
-        self.saved_step = 0
+        self.find_saved_step: Callable[[], int | None] = lambda: None
         self.nothing_to_save = False
         self.patience: float | None = None
         self.on_exit: Callable[[], object] = lambda: None
+        self.tell_ranks: Callable[[], object] = lambda: None
         self._interactive = interactive
         self._deferred = interactive
         self._force_exit = False  # whether the next signal raises Interrupted even if deferred
+        self._raised_now = threading.Event()  # set when `_force_exit` has had its effect
         self._announces = False
         self._previous_handlers: dict[int, Any] = {}
 
@@ -146,9 +155,7 @@ class StopRequest:
         if self.requested() and not deferred:
             raise self.not_begun() from error
         if self.now and isinstance(error, KeyboardInterrupt) and not self._interactive:
-            raise StoppedError(
-                f"stopped by {self.signal}", fix="start the same command again"
-            ) from error
+            raise self.ended_now() from error
 
     def defer_signals(self, *, announce: bool = True) -> None:
         """Defer signals from now on, because the run has something to save when it stops.
@@ -178,6 +185,11 @@ class StopRequest:
             # main thread.
             _thread.interrupt_main(next(iter(self._previous_handlers)))
 
+    @property
+    def saved_step(self) -> int:
+        """The newest saved step of the run, or 0."""
+        return self.find_saved_step() or 0
+
     def when(self) -> str:
         """Return a phrase for an error message that says before which step the run was stopped."""
         return "before the next step" if self.saved_step else "before the first step"
@@ -197,6 +209,15 @@ class StopRequest:
             )
         return StoppedEarlyError(f"stopped by {self.signal} {when}", why=why, fix=fix)
 
+    def ended_now(self) -> StoppedError:
+        """Build the error for an end at once, after a second signal."""
+        saved = f"step {self.saved_step} is saved" if self.saved_step else "nothing was saved"
+        error = StoppedError(
+            f"ended at once by a second {self.signal}: {saved}", fix="start the same command again"
+        )
+        error.exit_code = EXIT_INTERRUPTED
+        return error
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Record a signal in the main thread. Raise Interrupted if signals are not deferred."""
         is_first = self.signal is None
@@ -205,17 +226,19 @@ class StopRequest:
             raise Interrupted
         if is_first:
             self.signal = signal.Signals(number).name
-        if self._force_exit or (is_first and not self._deferred):
+        if self._force_exit:
             self._force_exit = False
+            self._raised_now.set()
+            raise Interrupted
+        if is_first and not self._deferred:
             raise Interrupted
 
     def _watch(self, reader: int) -> None:
-        """Log each signal once as soon as it comes, and detect a second ctrl-C.
+        """Log each signal once as soon as it comes, and detect a second one.
 
         This runs in a separate thread.
         """
-        logged = set()
-        last_press = math.inf
+        received: dict[str, float] = {}  # name -> time
         with open(reader, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
                 number = byte[0]
@@ -224,21 +247,40 @@ class StopRequest:
                 self._end_without_save(number, pipe)
                 name = signal.Signals(number).name
                 now = time.monotonic()
-                if name == "SIGINT" and now - last_press > ONE_PRESS:
-                    last_press = now
-                    self.now = True
-                    self._force_exit = True
-                    # Send SIGINT again, because `_handle` may have run before `_force_exit` was
-                    # set.
-                    os.kill(os.getpid(), signal.SIGINT)
-                elif name not in logged:
-                    logged.add(name)
-                    again = ""
-                    if name == "SIGINT":
-                        last_press = now
-                        again = "; press ctrl-C again to stop now"
+                is_press = name == "SIGINT"
+                seconds = ONE_PRESS if is_press else ONE_REQUEST
+                if name not in received:
+                    received[name] = now
+                    again = "; press ctrl-C again to stop now" if is_press else ""
                     if self._announces:
                         log.info(f"{name}: stopping after {self.doing}{again}")
+                elif now - received[name] > seconds:
+                    received[name] = now
+                    self._end_now(number)
+
+    def _end_now(self, number: int) -> None:
+        """End the process after a second signal. This is called in the watcher thread."""
+        # `_handle` cannot run while the main thread is blocked.
+        self.signal = self.signal or signal.Signals(number).name
+        self.now = True
+        self._force_exit = True
+        # Send the signal again, because `_handle` may have run before `_force_exit` was set.
+        os.kill(os.getpid(), number)
+        # In a program of the user, only raise the exception.
+        if self._raised_now.wait(END_NOW_SECONDS) or not StopRequest.is_of_command:
+            return
+        self._exit(self.ended_now())
+
+    def _exit(self, error: StoppedError) -> None:
+        """Record the stop, print it and exit without the main thread."""
+        with suppress(Exception):
+            self.on_exit()
+        with suppress(OSError, ValueError):
+            print(visible(error.text()), file=sys.stderr, flush=True)
+        teller = threading.Thread(target=self.tell_ranks, daemon=True)
+        teller.start()
+        teller.join(TELL_SECONDS)
+        os._exit(error.exit_code)
 
     def _end_without_save(self, number: int, pipe: FileIO) -> None:
         """Exit if there is nothing to save and the main thread does not end in time.
@@ -252,14 +294,9 @@ class StopRequest:
         while (left := end - time.monotonic()) > 0:
             if self._deferred or select.select([pipe], [], [], min(left, 0.05))[0]:
                 return
-        # Record the signal in this thread, because `_handle` cannot run while the main thread is
-        # blocked.
+        # `_handle` cannot run while the main thread is blocked.
         self.signal = self.signal or signal.Signals(number).name
-        with suppress(Exception):
-            self.on_exit()
-        with suppress(OSError, ValueError):
-            print(visible(self.not_begun().text()), file=sys.stderr, flush=True)
-        os._exit(EXIT_STOPPED)
+        self._exit(self.not_begun())
 
     def _leave(self) -> None:
         _entered.remove(self)
@@ -286,6 +323,27 @@ os.register_at_fork(after_in_child=_leave_all)
 
 
 @contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Context manager for a block that a stop signal must not interrupt, such as a collective.
+
+    If signals were not deferred before, raise StoppedError at the end of the block for a signal
+    that came inside it. In a thread or outside a StopRequest, the block has no effect.
+    """
+    if not _entered or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    request = _entered[-1]
+    deferred = request._deferred
+    request._deferred = True
+    try:
+        yield
+    finally:
+        request._deferred = deferred
+    if request.requested() and not deferred:
+        raise request.not_begun()
+
+
+@contextmanager
 def loading_libraries() -> Iterator[None]:
     """Context manager for the import of libraries such as torch, which must not be interrupted.
 
@@ -297,15 +355,13 @@ def loading_libraries() -> Iterator[None]:
         yield
         return
     request = _entered[-1]
-    before = (request._deferred, request.nothing_to_save)
-    request.nothing_to_save = request.nothing_to_save or not request._deferred
-    request._deferred = True
+    before = request.nothing_to_save
+    request.nothing_to_save = before or not request._deferred
     try:
-        yield
+        with signals_deferred():
+            yield
     finally:
-        request._deferred, request.nothing_to_save = before
-    if request.requested() and not request._deferred:
-        raise request.not_begun()
+        request.nothing_to_save = before
 
 
 def wait_for_signal(seconds: float) -> None:

@@ -24,7 +24,7 @@ from tunesmith.distributed.diagnosis import AGAIN, ErrorFields
 from tunesmith.distributed.heartbeat import UNDECIDED
 from tunesmith.distributed.ranks import HEARTBEAT_NAME
 from tunesmith.distributed.torch_private import set_elastic_agent
-from tunesmith.errors import CAUSES, StoppedError
+from tunesmith.errors import CAUSES, EXIT_INTERRUPTED, StoppedError
 from tunesmith.host.memory import oom_kills
 from tunesmith.host.signals import SIGNAL_NAMES
 
@@ -119,7 +119,8 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state != WorkerState.FAILED:
                 return result
-            if stop.number:
+            codes = {failure.exitcode for failure in result.failures.values()}
+            if stop.number or EXIT_INTERRUPTED in codes:
                 # Keep torch from restarting failed ranks after a stop signal.
                 self._remaining_restarts = 0
             # A negative exit code is the number of the signal that ended the process.

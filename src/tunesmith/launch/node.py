@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.config.load import load_recipe
 from tunesmith.distributed.diagnosis import AGAIN
 from tunesmith.distributed.heartbeat import refuses_connections
+from tunesmith.distributed.ranks import STOP_NOTE
 from tunesmith.errors import (
     CAUSES,
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USAGE,
@@ -47,7 +48,6 @@ from tunesmith.launch.rendezvous import (
     register_backend,
     start_store,
 )
-from tunesmith.run_dir import FINAL, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -127,11 +127,6 @@ def run_agent(argv: Sequence[str] | None = None) -> int:
 
 def run_node(args: argparse.Namespace) -> int:
     """Start the ranks that the flags describe, wait until they end and return the exit code."""
-    command, *rest = args.words
-    out = None
-    if command == "train":
-        recipe, *overrides = rest
-        out = Path(load_recipe(recipe, overrides).output_dir)
     ranks = args.ranks or count_gpus() or 1
     if args.debug:
         os.environ["TUNESMITH_DEBUG"] = "1"
@@ -140,19 +135,16 @@ def run_node(args: argparse.Namespace) -> int:
     # signals directly.
     if ranks == args.nodes == 1 and not args.restarts:
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
-    return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
+    return run_program(args, ranks, ["-m", "tunesmith", *args.words])
 
 
-def run_program(
-    args: argparse.Namespace, ranks: int, program: Sequence[str], out: Path | None
-) -> int:
+def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str]) -> int:
     """Start a program once for each rank of this node, wait until all end and return the exit code.
 
     Args:
         args: the parsed flags. `args.ranks` and `args.words` are not used.
         ranks: number of ranks on this node.
         program: a script, or `-m` and a module, with its arguments.
-        out: the run directory, in which the ranks write stopped.json. None if they do not train.
     """
     host, _, port = args.endpoint.rpartition(":")
     if not host or not port.isdecimal():
@@ -163,9 +155,6 @@ def run_program(
         )
     from tunesmith.launch.elastic import ForwardStop, install_agent  # loads torch
 
-    # Remember the modification time of stopped.json. If it does not change, the file is from an
-    # earlier run.
-    stopped_before = stopped_at(out)
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port))
     prepare_environment(ranks, endpoint.interface)
@@ -177,6 +166,8 @@ def run_program(
     install_agent(store, stop)
     # Give torch a temporary folder for logs, because torch does not delete the folder it creates.
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:
+        stop_note = Path(folder, "stopped")
+        os.environ[STOP_NOTE] = str(stop_note)
         flags = [
             f"--nnodes={args.nodes}",
             f"--nproc-per-node={ranks}",
@@ -191,13 +182,8 @@ def run_program(
             f"--log-dir={folder}",
         ]
         code = run_ranks([*flags, *program], store, stop)
-    if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > stopped_before:
-        return EXIT_STOPPED
-    is_done = out is not None and (out / FINAL).is_dir()
-    # The run was stopped even if this node has no new stopped.json, because another node may have
-    # written the file to its own disk.
-    if stop.number and code == EXIT_OK and not is_done:
-        return EXIT_STOPPED
+        if code in (EXIT_FAILED, EXIT_OK) and stop_note.exists():
+            return EXIT_STOPPED
     return code
 
 
@@ -250,7 +236,7 @@ def _lost_rendezvous(error: Exception, store: "TCPStore", stop: "ForwardStop") -
 
 
 def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> int:
-    """Return the exit code (1, 2 or 75) of the rank that failed first.
+    """Return the exit code (1, 2, 75 or 130) of the rank that failed first.
 
     If a signal killed the rank, print an error. Otherwise the rank has printed its error.
 
@@ -271,14 +257,8 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
         if oom_kills() > kills:
             line += f"; cause: oom-kill: {CAUSES['oom-kill']}"
         print(line, file=sys.stderr)
-    return code if code in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
-
-
-def stopped_at(out: Path | None) -> float:
-    """Return the time at which stopped.json was last written, or 0 if there is none."""
-    if out is None or not (out / STOPPED).exists():
-        return 0.0
-    return (out / STOPPED).stat().st_mtime
+    known = (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)
+    return code if code in known else EXIT_FAILED
 
 
 def prepare_environment(ranks: int, interface: str) -> None:

@@ -108,6 +108,8 @@ class AsyncMetrics(LoopPart):
         # values runs before the step ends.
         seconds = self.ranks.broadcast_number(seconds)
         self.progress.seconds += seconds
+        activity = self.ranks.heartbeat.activity
+        activity.longest_step = max(activity.longest_step, seconds)
         self.stop.expect_step(seconds, micro_batches=len(output.batch.micro))
         self._check_finite(output, numbers)
         record = self._make_record(output, numbers, seconds)

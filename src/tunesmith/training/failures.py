@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.claim import Claim
 from tunesmith.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
     CheckpointError,
     NonFiniteError,
     OtherRankError,
@@ -37,8 +39,9 @@ def record_early_stop(out: Path, request: StopRequest, claim: Claim) -> Iterator
     request.on_exit = partial(note_early_stop, out, request, claim)
     try:
         yield
-    except (Interrupted, StoppedEarlyError):
-        note_early_stop(out, request, claim)
+    except (Interrupted, StoppedEarlyError, OtherRankError) as error:
+        if getattr(error, "exit_code", EXIT_STOPPED) == EXIT_STOPPED:
+            note_early_stop(out, request, claim)
         raise
 
 
@@ -46,16 +49,24 @@ def note_early_stop(out: Path, request: StopRequest, claim: Claim) -> None:
     """Write stopped.json if the folder contains a run. If it contains no run, nothing was saved
     that could be resumed, so the folder is removed.
     """
-    if (out / IDENTITY).is_file():
-        write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
+    write_early_stop(out, request)
     (out / RUNNING).unlink(missing_ok=True)
     claim.remove_unused()
 
 
-def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
+def write_early_stop(out: Path, request: StopRequest) -> None:
+    """Write stopped.json for a stop without a save, if the folder contains a run.
+
+    Before env.json exists, a rank may already have removed the folder and its lock.
+    """
+    if (out / IDENTITY).is_file():
+        write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
+
+
+def write_fault(out: Path, request: StopRequest, fault: TunesmithError, step: int) -> None:
     """Write the error that ends all ranks to a file: stopped.json for a stop, else failure.json."""
     if isinstance(fault, StoppedError):
-        write_stopped(out, step, what=fault.what)
+        write_early_stop(out, request)
     else:
         write_failure(out, fault, last_step=step, next_command="")
 
@@ -101,7 +112,9 @@ def report_failure(
             what = f"stopped after step {step}: {saved}"
             where = str(trainer.out / f"checkpoint-{saved_step}") if saved_step else ""
             write_stopped(trainer.out, step, what=what)
-            raise StoppedError(what, where=where, fix=how_to_resume(saved_step)) from error
+            stopped = StoppedError(what, where=where, fix=how_to_resume(saved_step))
+            stopped.exit_code = EXIT_INTERRUPTED
+            raise stopped from error
         failure = trainer.as_failure(error)
         resume = how_to_resume(writer.saved_step)
         place = heartbeat.peers.place_of(trainer.ranks.rank)

@@ -13,9 +13,8 @@ from typing import Self
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
 from tunesmith.distributed.diagnosis import AGAIN
-from tunesmith.distributed.ranks import Ranks, is_launched
+from tunesmith.distributed.ranks import Ranks, stopped_code
 from tunesmith.errors import (
-    EXIT_OK,
     LowMemoryError,
     RunError,
     StoppedError,
@@ -274,8 +273,7 @@ def stopped_by(
     # Remove the stop file, so that the run does not stop at once when it is resumed.
     if ranks.is_main_process:
         (out / STOP_FILE).unlink(missing_ok=True)
-    if is_launched():
-        error.exit_code = EXIT_OK
+    error.exit_code = stopped_code()
     if ranks.is_run_dir_writer:
         more |= {"signal": signal, "cause": error.cause or None}
         write_stopped(out, step, reason=reason, next_command=fix, **more)

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.checkpoint.claim import is_run
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.layers import Overrides, override_layer
 from tunesmith.config.load import load_recipe
@@ -30,9 +29,9 @@ from tunesmith.distributed.ranks import (
     join_ranks,
     require_one_process,
     started_as,
+    stopped_code,
 )
 from tunesmith.errors import (
-    EXIT_OK,
     EXIT_STOPPED,
     OtherRankError,
     StoppedEarlyError,
@@ -41,7 +40,12 @@ from tunesmith.errors import (
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, log_lines, stderr_only_from
-from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest, loading_libraries
+from tunesmith.host.signals import (
+    STOP_PATIENCE_SECONDS,
+    Interrupted,
+    StopRequest,
+    loading_libraries,
+)
 from tunesmith.host.streams import survive_write_errors
 from tunesmith.metrics.log_file import log_file_of_run
 from tunesmith.metrics.record import StepRecord
@@ -62,7 +66,7 @@ from tunesmith.training.failures import (
     write_fault,
 )
 from tunesmith.training.program_rows import keep_rows
-from tunesmith.training.result import Result, warn_of_changed_rows, write_stopped
+from tunesmith.training.result import Result, warn_of_changed_rows
 from tunesmith.training.run_sinks import close_after_all, sinks_of_rank, write_first_files
 from tunesmith.training.stop_control import StopControl
 
@@ -233,16 +237,12 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             stack.enter_context(stop)
             ranks = stack.enter_context(join_ranks())
             ranks.heartbeat.probes.stop_signal = lambda: stop.signal or ""
+            stop.tell_ranks = lambda: ranks.heartbeat.share_error(Interrupted())
             stack.enter_context(MemoryGuard(stop, ranks, partial(large_files, run)))
             yield stop, ranks
     except (StoppedEarlyError, OtherRankError) as error:
-        # Under a launcher exit with 0, because a launcher would restart ranks that exit with
-        # another code.
-        if error.exit_code == EXIT_STOPPED and is_launched():
-            error.exit_code = EXIT_OK
-            out = Path(run.output_dir)
-            if is_run(out):
-                write_stopped(out, stop.saved_step, what=f"stopped by a signal {stop.when()}")
+        if error.exit_code == EXIT_STOPPED:
+            error.exit_code = stopped_code()
         raise
 
 
@@ -287,7 +287,8 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
             if output.crash is not None:
                 log.warning(output.crash.text().removeprefix("error: "))
             start = find_start(output)
-            stop.request.saved_step = start.progress.step if start.progress else 0
+            step = start.progress.step if start.progress else None
+            stop.request.find_saved_step = lambda: step
             if output.claim is not None:
                 stack.enter_context(record_early_stop(out, stop.request, output.claim))
             if start.finished is not None:
@@ -307,7 +308,7 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
                 build_session = partial(build_from_tokens, tokens, why=options.why)
             log_lines(moved_lines(begin_run(run, output, stack), ranks))
             if output.claim is not None:
-                ranks.heartbeat.report.on_fault = partial(write_fault, out)
+                ranks.heartbeat.report.on_fault = partial(write_fault, out, stop.request)
             session = build_session(output.ranks)
             with ranks.raise_on_all_ranks(), as_usage_error(ranks):
                 stream = None
@@ -333,7 +334,7 @@ def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> 
     """Train to the end. If the run fails or stops earlier, record this in the run directory."""
     ranks = trainer.ranks
     # Set this on every rank, because one rank per node writes failure.json.
-    ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out)
+    ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out, trainer.stop.request)
     if ranks.is_main_process and ranks.world > 1:
         from tunesmith.presentation.start import ranks_line  # imports torch
 

@@ -86,6 +86,7 @@ class Trainer(LoopPart):
         if ended not in (None, str(run.train.duration)):
             progress.worse = 0
         self.checkpoints = CheckpointSaver(shared, saved_step)
+        stop.request.find_saved_step = lambda: self.checkpoints.writer.saved_step
         self.metrics = AsyncMetrics(shared, self.checkpoints.writer)
         self.validation = Validation(shared, self.metrics)
         self.answers = AnswerSampler(shared)
