@@ -342,14 +342,15 @@ def read_running(folder: Path) -> RunningNote | None:
     return read_part(folder / RUNNING, partial(read_object, form=RunningNote)).value
 
 
-def read_recipe(folder: Path) -> Part[Fields]:
-    """Read config.yaml as plain values.
+def read_recipe(path: Path) -> Part[Fields]:
+    """Read the config.yaml of a run directory, or another recipe, as plain values.
 
     The value is an empty dict if the file does not exist, or if a section has a wrong type. The
     values are not checked against the schema, because the run may be from another version of
     tunesmith.
     """
-    path = folder / RECIPE
+    if path.is_dir():
+        path = path / RECIPE
     try:
         # Refuse a pipe or a device here, because `read_file` would block when it opens one.
         open_regular(path).close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from threading import Timer
 from typing import Any
 from unittest import mock
 
@@ -81,14 +80,14 @@ def left_together(fault: str) -> tuple[str, int]:
     """The error with which a rank leaves a block in which rank 0 acts first, and its code."""
     try:
         with StopRequest(), join_ranks() as ranks:
-            ranks.all_gather_object(None)
-            if fault == "stop":  # one waits for the other in a collective
-                Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            pids = ranks.all_gather_object(os.getpid())
             with ranks.raise_on_all_ranks():
                 if fault == "error" and ranks.rank == 1:
                     raise DataError("broken")
                 with ranks.local_main_process_first():
-                    time.sleep(2)
+                    time.sleep(1)  # rank 1 waits in a collective
+                    for pid in reversed(pids) if fault == "stop" else ():
+                        os.kill(pid, signal.SIGTERM)
     except TunesmithError as error:
         return type(error).__name__, error.exit_code
     return "", 0

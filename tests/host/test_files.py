@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from errors import refuses
+from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.errors import MachineError
 from tunesmith.host import files
+from tunesmith.launch.job import saved_jobs
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
@@ -24,6 +26,25 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert files.cache_folder("tokens", "a") == tmp_path / "xdg" / "tunesmith" / "tokens" / "a"
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "own"))
     assert files.cache_folder() == tmp_path / "own"
+
+
+def test_a_user_without_a_home_needs_only_the_folders_that_are_used(tmp_path, monkeypatch):
+    """As in a container with `--user`."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "own"))
+    assert files.cache_folder() == tmp_path / "own"
+    with claim_run_dir(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    for name in ("TUNESMITH_CACHE", "XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for use in (files.cache_folder, saved_jobs):
+        with refuses(MachineError, where="environment: HOME", fix=["HOME="]):
+            use()
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

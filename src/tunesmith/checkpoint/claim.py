@@ -143,7 +143,9 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
 
     why = "the run's files would be mixed with other files"
     if not is_of_run and any(
-        place.resolve().is_relative_to(folder) for place in (Path.cwd(), Path.home())
+        # expanduser keeps "~" if the user has no home directory; Path.home() raises RuntimeError.
+        place.resolve().is_relative_to(folder)
+        for place in (Path.cwd(), Path(os.path.expanduser("~")))
     ):
         what = "output_dir is the working or the home directory, or a folder that contains one"
     elif any(path.is_dir() and path.resolve() == folder for path in map(Path, inputs)):

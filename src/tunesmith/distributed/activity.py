@@ -89,10 +89,10 @@ class Activity:
         self.phase_name = name
         self.beat.phase = f"{self.phase_prefix}{name}"
         self.beat.limit = min(limit or inf, self.longest_limit)
-        self.beat.waiting_limit = inf
+        self.beat.waiting_limit = self.beat.limit
         if limit is not None and name not in WAITING_PHASES:
-            longest = LONGER_THAN_A_STEP * self.longest_step
-            self.beat.waiting_limit = max(ENDLESS_AFTER_S, longest)
+            endless = max(ENDLESS_AFTER_S, LONGER_THAN_A_STEP * self.longest_step)
+            self.beat.waiting_limit = min(self.beat.limit, endless)
         self.progress()
 
     def progress(self, step: int | None = None) -> None:

@@ -127,42 +127,28 @@ class Diagnosis:
         """Return the error fields for ranks without progress for the limit of their phase.
 
         Return {} if there are no such ranks. A rank in a collective waits for the other ranks, so
-        it does not count as stuck as long as another rank makes progress or is in a phase with a
-        longer limit.
+        it does not count as stuck as long as another rank is not in a collective.
         """
-        beats = self.peers.beats
-        working = [beat for beat in beats if not beat.is_done]
-        if working and all(beat.waiting > beat.waiting_limit for beat in working):
-            return self._endless_collective()
-        overdue = [rank for rank, beat in enumerate(beats) if beat.idle > beat.limit]
-        if not overdue:
-            return {}
-        longest = max(beats[rank].idle for rank in overdue)
-        stuck = [rank for rank in overdue if not beats[rank].collective]
+        beats = dict(enumerate(self.peers.beats))
+        waiting = [rank for rank, beat in beats.items() if not beat.is_done]
+        stuck = [rank for rank in waiting if beats[rank].idle > beats[rank].limit]
+        stuck = [rank for rank in stuck if not beats[rank].collective]
+        why = "the main thread hangs"
         if not stuck:
-            for rank, beat in enumerate(beats):
-                # A rank that is within its limit can still make progress, unless it has finished or
-                # waits in a collective almost as long as the others.
-                waits_too = beat.collective and beat.idle > longest / 2
-                if rank not in overdue and not beat.is_done and not waits_too:
-                    return {}
-            return self._endless_collective()
-        what = f"{self.peers.names(stuck)} made no progress for {longest:.0f} s"
-        return self.fields(what, "the main thread hangs", "hang", stuck=stuck)
-
-    def _endless_collective(self) -> ErrorFields:
-        """Return the error fields for ranks that wait in collectives which never end."""
-        beats = self.peers.beats
-        longest = max(beat.idle for beat in beats)
-        # List all ranks that have been idle for at least half of `longest` seconds, because they
-        # reached the collective at different times.
-        idle = [rank for rank, beat in enumerate(beats) if beat.idle > longest / 2]
-        what = f"{self.peers.names(idle)} made no progress for {longest:.0f} s"
-        why = "the ranks wait in collectives, for each other or for the network"
-        fields = self.fields(what, why, "hang")
-        # No rank is blamed, but all of them are in this phase.
-        place = self.peers.place_of(idle[0])
-        return fields | {"failed_rank": {name: place[name] for name in ("phase", "collective")}}
+            why = "the ranks wait in collectives, for each other or for the network"
+            if not all(beats[rank].waiting > beats[rank].waiting_limit for rank in waiting):
+                return {}
+        idle = stuck or waiting
+        if not idle:
+            return {}
+        seconds = max(beats[rank].idle for rank in idle)
+        what = f"{self.peers.names(idle)} made no progress for {seconds:.0f} s"
+        fields = self.fields(what, why, "hang", stuck=stuck)
+        if not stuck:
+            # No rank is blamed, but all of them are in this phase.
+            place = self.peers.place_of(idle[0])
+            fields["failed_rank"] = {name: place[name] for name in ("phase", "collective")}
+        return fields
 
     def lost_store(self, why: str) -> ErrorFields:
         """Return the error fields for a store that does not answer.

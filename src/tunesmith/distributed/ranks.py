@@ -159,6 +159,8 @@ class Ranks:
 
         sent = FailedRank(_exit_code_of(error), str(error)) if error is not None else value
         values = [value] * self.world
+        if isinstance(error, TunesmithError) and len(set(self.hosts)) > 1:
+            error.where = ", ".join(filter(None, (error.where, self.hosts[self.rank])))
         # The call consists of two collectives. A signal that interrupted it between them would
         # leave the ranks in different collectives.
         with signals_deferred():
@@ -166,13 +168,13 @@ class Ranks:
             for rank, gathered in enumerate(values):
                 if not isinstance(gathered, FailedRank):
                     continue
-                if error is None or rank != self.rank:
-                    text = f"{self.name(rank)} failed: {gathered.text}"
-                    raised: BaseException = OtherRankError(text, exit_code=gathered.exit_code)
-                else:
-                    raised = error
-                self.heartbeat.agreed = raised
-                raise raised from error
+                if error is not None and rank == self.rank:
+                    self.heartbeat.agreed = error
+                    raise error
+                text = f"{self.name(rank)} failed: {gathered.text}"
+                other = OtherRankError(text, exit_code=gathered.exit_code)
+                self.heartbeat.agreed = other
+                raise other from error
         return values
 
     @contextmanager

@@ -43,7 +43,22 @@ def cache_folder(*parts: str) -> Path:
     `~/.cache/tunesmith`.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tunesmith"
-    return Path(os.environ.get("TUNESMITH_CACHE") or default).expanduser().joinpath(*parts)
+    return in_home(os.environ.get("TUNESMITH_CACHE") or default).joinpath(*parts)
+
+
+def in_home(path: str | Path) -> Path:
+    """Replace `~` at the start of a path of this user's files. Raise MachineError if the user has
+    no home folder, as in a container with `--user`.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise MachineError(
+            "this user has no home folder",
+            where="environment: HOME",
+            why="HOME is not set, and /etc/passwd does not list the user",
+            fix="export HOME=/tmp",
+        )
+    return Path(expanded)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -86,7 +86,7 @@ class StopRequest:
         doing: the work that is completed before the run stops, in words for the user.
         takes: duration of this work in seconds.
         saving: bytes of host memory that a save needs.
-        find_saved_step: function that returns the newest saved step of the run, or None.
+        saved_step: function that returns the newest saved step of the run, or None.
         nothing_to_save: if True, a deferred signal ends a command immediately. The watcher thread
             calls `on_exit` and exits, because an exception inside torch's C++ code would abort the
             process.
@@ -111,7 +111,7 @@ class StopRequest:
         self.doing = "this step"
         self.takes = 0.0
         self.saving = 0
-        self.find_saved_step: Callable[[], int | None] = lambda: None
+        self.saved_step: Callable[[], int | None] = lambda: None
         self.nothing_to_save = False
         self.patience: float | None = None
         self.on_exit: Callable[[], object] = lambda: None
@@ -119,7 +119,6 @@ class StopRequest:
         self._interactive = interactive
         self._deferred = interactive
         self._force_exit = False  # whether the next signal raises Interrupted even if deferred
-        self._raised_now = threading.Event()  # set when `_force_exit` has had its effect
         self._announces = False
         self._previous_handlers: dict[int, Any] = {}
 
@@ -155,7 +154,7 @@ class StopRequest:
         if self.requested() and not deferred:
             raise self.not_begun() from error
         if self.now and isinstance(error, KeyboardInterrupt) and not self._interactive:
-            raise self.ended_now() from error
+            raise self.not_begun() from error
 
     def defer_signals(self, *, announce: bool = True) -> None:
         """Defer signals from now on, because the run has something to save when it stops.
@@ -185,37 +184,29 @@ class StopRequest:
             # main thread.
             _thread.interrupt_main(next(iter(self._previous_handlers)))
 
-    @property
-    def saved_step(self) -> int:
-        """The newest saved step of the run, or 0."""
-        return self.find_saved_step() or 0
-
     def when(self) -> str:
         """Return a phrase for an error message that says before which step the run was stopped."""
-        return "before the next step" if self.saved_step else "before the first step"
+        return "before the next step" if self.saved_step() else "before the first step"
 
     def not_begun(self) -> StoppedError:
-        """Build the error for a stop before this process has done its first training step."""
+        """Build the error for a stop without a save: before the first training step of this
+        process, or at once after a second signal.
+        """
         when = self.when()
-        fix = "start the same command again"
+        fix = how_to_start_again(self.signal)
         why = "there was nothing to save yet"
-        if self.saved_step:
-            why = f"there was nothing new to save: step {self.saved_step} is saved"
+        step = self.saved_step()
+        if step:
+            why = f"step {step} is saved"
         if self.low_memory is not None:
             return LowMemoryError(
                 f"{SHORT} {when}",
                 why=f"{self.low_memory.text}; {why}",
                 fix=f"{FREE_MEMORY_FIX}, then {fix}",
             )
-        return StoppedEarlyError(f"stopped by {self.signal} {when}", why=why, fix=fix)
-
-    def ended_now(self) -> StoppedError:
-        """Build the error for an end at once, after a second signal."""
-        saved = f"step {self.saved_step} is saved" if self.saved_step else "nothing was saved"
-        error = StoppedError(
-            f"ended at once by a second {self.signal}: {saved}", fix="start the same command again"
-        )
-        error.exit_code = EXIT_INTERRUPTED
+        error = StoppedEarlyError(f"stopped by {self.signal} {when}", why=why, fix=fix)
+        if self.now:
+            error.exit_code = EXIT_INTERRUPTED
         return error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -226,11 +217,8 @@ class StopRequest:
             raise Interrupted
         if is_first:
             self.signal = signal.Signals(number).name
-        if self._force_exit:
+        if self._force_exit or (is_first and not self._deferred):
             self._force_exit = False
-            self._raised_now.set()
-            raise Interrupted
-        if is_first and not self._deferred:
             raise Interrupted
 
     def _watch(self, reader: int) -> None:
@@ -256,23 +244,21 @@ class StopRequest:
                         log.info(f"{name}: stopping after {self.doing}{again}")
                 elif now - received[name] > seconds:
                     received[name] = now
-                    self._end_now(number)
+                    self.now = True
+                    self._force_exit = True
+                    # Send the signal again, because `_handle` may have run before `_force_exit` was
+                    # set.
+                    os.kill(os.getpid(), number)
+                    if StopRequest.is_of_command:
+                        timer = threading.Timer(END_NOW_SECONDS, self._exit, (name,))
+                        timer.daemon = True
+                        timer.start()
 
-    def _end_now(self, number: int) -> None:
-        """End the process after a second signal. This is called in the watcher thread."""
-        # `_handle` cannot run while the main thread is blocked.
-        self.signal = self.signal or signal.Signals(number).name
-        self.now = True
-        self._force_exit = True
-        # Send the signal again, because `_handle` may have run before `_force_exit` was set.
-        os.kill(os.getpid(), number)
-        # In a program of the user, only raise the exception.
-        if self._raised_now.wait(END_NOW_SECONDS) or not StopRequest.is_of_command:
-            return
-        self._exit(self.ended_now())
-
-    def _exit(self, error: StoppedError) -> None:
+    def _exit(self, name: str) -> None:
         """Record the stop, print it and exit without the main thread."""
+        # `_handle` cannot run while the main thread is blocked.
+        self.signal = self.signal or name
+        error = self.not_begun()
         with suppress(Exception):
             self.on_exit()
         with suppress(OSError, ValueError):
@@ -294,9 +280,7 @@ class StopRequest:
         while (left := end - time.monotonic()) > 0:
             if self._deferred or select.select([pipe], [], [], min(left, 0.05))[0]:
                 return
-        # `_handle` cannot run while the main thread is blocked.
-        self.signal = self.signal or signal.Signals(number).name
-        self._exit(self.not_begun())
+        self._exit(signal.Signals(number).name)
 
     def _leave(self) -> None:
         _entered.remove(self)
@@ -362,6 +346,13 @@ def loading_libraries() -> Iterator[None]:
             yield
     finally:
         request.nothing_to_save = before
+
+
+def how_to_start_again(signal_name: str | None) -> str:
+    """Return a text that tells the user how to start a run again after a signal."""
+    if signal_name == "SIGUSR1" and os.environ.get(REQUEUE):
+        return "do nothing: Slurm requeues the job, and the run resumes by itself"
+    return "start the same command again"
 
 
 def wait_for_signal(seconds: float) -> None:

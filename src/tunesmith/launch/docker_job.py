@@ -4,7 +4,7 @@ import subprocess
 from collections.abc import Iterator
 
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, MachineError, mask
-from tunesmith.launch.job import Job, JobState
+from tunesmith.launch.job import Job, JobState, step_and_time_left
 from tunesmith.launch.ssh import NO_COMMAND, try_on
 from tunesmith.run_dir import RunState
 
@@ -70,7 +70,9 @@ class DockerJob(Job):
 
     def stop(self) -> str:
         container = self.container()
-        if container is None or container.state is not RunState.RUNNING:
+        is_running = container is not None and container.state is RunState.RUNNING
+        # A second signal would end the run before it has saved, so a run that trains gets a file.
+        if not is_running or step_and_time_left(self.run_dir):
             return super().stop()
         run_docker("kill", "--signal=SIGTERM", self.name)
         return "stop requested: the run saves, then stops"

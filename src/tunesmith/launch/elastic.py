@@ -24,7 +24,7 @@ from tunesmith.distributed.diagnosis import AGAIN, ErrorFields
 from tunesmith.distributed.heartbeat import UNDECIDED
 from tunesmith.distributed.ranks import HEARTBEAT_NAME
 from tunesmith.distributed.torch_private import set_elastic_agent
-from tunesmith.errors import CAUSES, EXIT_INTERRUPTED, StoppedError
+from tunesmith.errors import CAUSES, EXIT_INTERRUPTED, EXIT_STOPPED, StoppedError
 from tunesmith.host.memory import oom_kills
 from tunesmith.host.signals import SIGNAL_NAMES
 
@@ -120,7 +120,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
             if result.state != WorkerState.FAILED:
                 return result
             codes = {failure.exitcode for failure in result.failures.values()}
-            if stop.number or EXIT_INTERRUPTED in codes:
+            if stop.number or codes & {EXIT_STOPPED, EXIT_INTERRUPTED}:
                 # Keep torch from restarting failed ranks after a stop signal.
                 self._remaining_restarts = 0
             # A negative exit code is the number of the signal that ended the process.

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from tunesmith.checkpoint.claim import LAUNCH
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.files import write_atomically
+from tunesmith.host.files import in_home, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.record import newest_record, newest_records
 from tunesmith.metrics.run_figures import RECENT_STEPS
@@ -50,11 +50,10 @@ from tunesmith.units import format_seconds
 
 # Name of a folder in the run directory. Only `launch` writes files to this folder.
 FOLDER = LAUNCH
+LAUNCHED_RECIPE = "recipe.yaml"  # in FOLDER
 # Files that are written by a run. If one of them exists, the run has started. The first of them is
 # written within seconds.
 WRITTEN_BY_RUNS = (METRICS, RECIPE, IDENTITY, LOG)
-# Number of bytes at the start of a job's log in which the first error is searched.
-LOG_BYTES = 1 << 20
 # Seconds between two reads of a log while a command waits for new text.
 POLL = 0.5
 
@@ -134,10 +133,15 @@ class Job:
             texts.insert(0, "saved")
         # If the job failed before it wrote any file, only the log contains its error.
         if self.log and not (failure or stopped or any(map(self.has_written, WRITTEN_BY_RUNS))):
-            error = first_error(Path(self.log))
+            error = first_error(self.log)
             if error:
                 return JobState(RunState.FAILED, error)
+            if search_log(self.log, r"^(stopped by|rank \d.* was stopped by) SIG"):
+                return JobState(RunState.STOPPED, "before the first step")
         if state is RunState.KILLED:
+            # If the nodes share no disk, only the node of rank 0 has the log.
+            if self.name and self.host != socket.gethostname() and not (out / LOG).exists():
+                return JobState(RunState.UNKNOWN, f"the log is on {self.host}")
             if not holds_run(out):
                 return JobState(RunState.UNKNOWN, "the run directory contains no run yet")
             texts.append("this machine has no process of the run; the same command resumes the run")
@@ -161,11 +165,12 @@ class Job:
         try:
             file = io.TextIOWrapper(open_regular(log), encoding="utf-8", errors="replace")
         except OSError as error:
+            state = self.state()
             status = f"tunesmith status {shell_path(self.name or self.run_dir)}"
             raise MachineError(
                 "the log cannot be opened",
                 where=log,
-                why=error.strerror or "",
+                why=f"{error.strerror}; the job is {state.state}: {state.text}",
                 fix=f"check with `{status}` whether the job has started",
             ) from None
         with file:
@@ -233,16 +238,21 @@ def holds_run(run_dir: Path) -> bool:
     return any((run_dir / name).is_file() for name in WRITTEN_BY_RUNS) or is_locked(run_dir)
 
 
-def first_error(log: Path) -> str:
-    """Return the first error of tunesmith or Slurm in a job's log, or "" if there is none."""
-    with suppress(OSError), open_regular(log) as file:
-        text = file.read(LOG_BYTES).decode(errors="replace")
-        # Match the error message and its continuation lines, which are indented by at least three
-        # spaces. The lines after the message, such as "  fix: ...", are indented by two spaces.
-        match = re.search(r"^(?:\w+: )?error: (.+(?:\n {3,}.+)*)", text, re.MULTILINE)
-        if match:
-            return " ".join(match[1].split())
+def search_log(log: str, pattern: str) -> str:
+    """Return the first group of a pattern's first match in a job's log, or "" if there is none."""
+    with suppress(OSError), open_regular(Path(log)) as file:
+        match = re.search(pattern, file.read().decode(errors="replace"), re.MULTILINE)
+        return match[1] if match else ""
     return ""
+
+
+def first_error(log: str) -> str:
+    """Return the first error of tunesmith or Slurm in a job's log, or "" if there is none."""
+    # Match the error message and its continuation lines, which are indented by at least three
+    # spaces. The lines after the message, such as "  fix: ...", are indented by two spaces.
+    # Slurm writes "error: *** JOB 7 CANCELLED" and the exit code of each task.
+    error = r"(?!\*\*\*|.*Exited with exit code)(.+(?:\n {3,}.+)*)"
+    return " ".join(search_log(log, rf"^(?:\w+: )?error: {error}").split())
 
 
 def is_locked(run_dir: Path) -> bool:
@@ -305,14 +315,16 @@ def _total_steps(run_dir: Path, record: Mapping[str, int | float | None]) -> int
     Return None if it is unknown, for example because the duration is a time.
     """
     step = record.get("step") or 0
-    share = share_done(read_recipe(run_dir).value, step, record.get("epoch") or 0)
+    # The run replaces its recipe only when it starts. A launch may have set another duration.
+    files = [run_dir / RECIPE, run_dir / FOLDER / LAUNCHED_RECIPE]
+    file = max(filter(Path.exists, files), key=lambda path: path.stat().st_mtime, default=files[0])
+    share = share_done(read_recipe(file).value, step, record.get("epoch") or 0)
     return round(step / share) if share else None
 
 
 def _notes() -> Path:
     """Return the user's folder of job files, in `$XDG_STATE_HOME` or `~/.local/state`."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    return state / "tunesmith" / "jobs"
+    return in_home(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "tunesmith" / "jobs"
 
 
 def state_folder() -> Path:

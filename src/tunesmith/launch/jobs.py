@@ -2,7 +2,6 @@
 and the files that a launch writes to the run directory.
 """
 
-import getpass
 import hashlib
 import os
 import re
@@ -17,7 +16,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import find_similar_path, write_atomically
 from tunesmith.launch.docker_job import DockerJob
-from tunesmith.launch.job import FOLDER, Job, holds_run, is_locked, saved_jobs
+from tunesmith.launch.job import FOLDER, LAUNCHED_RECIPE, Job, holds_run, is_locked, saved_jobs
 from tunesmith.launch.local_job import LocalJob
 from tunesmith.launch.slurm_job import SlurmJob
 from tunesmith.launch.swarm_job import SwarmJob
@@ -103,7 +102,7 @@ def agent_words(recipe: Path, *, debug: bool = False, **flags: object) -> list[s
 
 def recipe_file(run_dir: str) -> Path:
     """Return the path to which `write_recipe` writes the recipe of a run directory."""
-    return Path(run_dir, FOLDER, "recipe.yaml")
+    return Path(run_dir, FOLDER, LAUNCHED_RECIPE)
 
 
 def write_recipe(run: Run) -> Path:
@@ -163,7 +162,7 @@ def find_job(word: str) -> Job:
     if near and holds_run(near):
         fix = f"did you mean {near}?"
     raise UsageError(
-        f"{word} is neither a job of {getpass.getuser()} nor a run directory",
+        f"{word} is neither one of your jobs nor a run directory",
         where="command line",
         why=f"known jobs: {', '.join(job.name for job in jobs[-5:]) or 'none'}",
         fix=fix,

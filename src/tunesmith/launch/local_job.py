@@ -4,7 +4,7 @@ import os
 import signal
 from contextlib import suppress
 
-from tunesmith.launch.job import Job, JobState
+from tunesmith.launch.job import Job, JobState, first_error, step_and_time_left
 from tunesmith.run_dir import RunState
 
 
@@ -17,13 +17,18 @@ class LocalJob(Job):
 
     def state(self) -> JobState:
         state = super().state()
+        error = first_error(self.log)
+        # Another start had locked the folder, so the run in it is not that of this job.
+        if error.startswith("another run"):
+            return JobState(RunState.FAILED, f"{error}; in the run directory: {state.text}")
         # If the agent is alive but no rank has locked the run directory, the run is starting.
         if self.is_alive() and state.state is not RunState.RUNNING:
             return JobState(RunState.RUNNING, "starts")
         return state
 
     def stop(self) -> str:
-        if not self.is_alive():
+        # A second signal would end the run before it has saved, so a run that trains gets a file.
+        if not self.is_alive() or step_and_time_left(self.run_dir):
             return super().stop()
         os.kill(int(self.details["pid"]), signal.SIGTERM)
         return "stop requested: the run saves, then stops"

@@ -39,7 +39,7 @@ from tunesmith.host.chips import list_gpus
 from tunesmith.host.cores import available_cores
 from tunesmith.host.ending import run_and_exit
 from tunesmith.host.memory import oom_kills
-from tunesmith.host.signals import ignore_stop_signals
+from tunesmith.host.signals import SIGNAL_NAMES, ignore_stop_signals
 from tunesmith.host.streams import visible
 from tunesmith.launch.rendezvous import (
     BACKEND,
@@ -153,6 +153,9 @@ def run_program(args: argparse.Namespace, ranks: int, program: Sequence[str]) ->
             where="--endpoint",
             fix="write the address like this: --endpoint 10.0.0.1:29500",
         )
+    # Set torch's log level now, because torch reads it only when it is imported.
+    if os.environ.get("TUNESMITH_DEBUG") != "1":
+        os.environ.setdefault(CPP_LOG_VARIABLE, "ERROR")
     from tunesmith.launch.elastic import ForwardStop, install_agent  # loads torch
 
     stop = ForwardStop()
@@ -249,9 +252,9 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
     code = failure.exitcode
     # A negative exit code is the number of a signal.
     if code < 0:
-        # The rank was killed by the stop signal, because it had not yet installed its signal
-        # handlers.
-        if stop.number == -code:
+        # The rank had not yet installed its handlers of stop signals.
+        if signal.Signals(-code).name in SIGNAL_NAMES:
+            stop.number = -code
             raise stop.not_begun("the ranks had just started")
         line = f"error: rank {rank} was killed by {signal.Signals(-code).name}"
         if oom_kills() > kills:
@@ -264,8 +267,8 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
 def prepare_environment(ranks: int, interface: str) -> None:
     """Set the environment variables of the ranks. Variables that are already set are kept.
 
-    The variables set the number of threads, the network interface and torch's log level. If
-    NCCL_IB_HCA is set, NCCL_IB_MERGE_NICS is set too.
+    The variables set the number of threads and the network interface. If NCCL_IB_HCA is set,
+    NCCL_IB_MERGE_NICS is set too.
     """
     # Set the number of threads. Otherwise torch's launcher would use only one thread per rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // ranks)))
@@ -273,9 +276,6 @@ def prepare_environment(ranks: int, interface: str) -> None:
         os.environ.setdefault(name, interface)
     if "NCCL_IB_HCA" in os.environ:
         os.environ.setdefault(*MERGE_NICS)
-    # Set torch's log level now, because torch reads it only when it is imported.
-    if os.environ.get("TUNESMITH_DEBUG") != "1":
-        os.environ.setdefault(CPP_LOG_VARIABLE, "ERROR")
 
 
 def count_gpus() -> int:

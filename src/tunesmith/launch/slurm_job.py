@@ -3,10 +3,17 @@
 from contextlib import suppress
 from pathlib import Path
 
-from tunesmith.errors import MachineError
+from tunesmith.errors import EXIT_STOPPED, MachineError
 from tunesmith.host.child_output import last_line
 from tunesmith.host.shell import shell_word
-from tunesmith.launch.job import FOLDER, Job, JobState, last_step, step_and_time_left
+from tunesmith.launch.job import (
+    FOLDER,
+    Job,
+    JobState,
+    last_step,
+    search_log,
+    step_and_time_left,
+)
 from tunesmith.launch.ssh import NO_COMMAND, try_on
 from tunesmith.run_dir import STOP_FILE, RunState
 
@@ -60,7 +67,11 @@ class SlurmJob(Job):
             done = run.text if run.state is RunState.STOPPED else last_step(self.run_dir)
             return JobState(RunState.QUEUED, "; ".join(filter(None, (f"{name}: {reason}", done))))
         if name in ENDED_JOBS:
-            return super().state().after(ENDED_JOBS[name], name)
+            words = name if reason == "None" else f"{name}: {reason} on {nodes}"
+            # The exit code of the job's last start
+            last_code = search_log(self.log, rf"(?s).*job {id_}: exit code (\d+)")
+            ending = RunState.STOPPED if last_code == str(EXIT_STOPPED) else ENDED_JOBS[name]
+            return super().state().after(ending, words)
         step = step_and_time_left(self.run_dir) or "before the first step"
         return JobState(RunState.RUNNING, f"{step}; {name} for {elapsed} of {limit} on {nodes}")
 
@@ -75,7 +86,10 @@ class SlurmJob(Job):
         # If the first file exists, the script does not requeue the job. If the second file exists,
         # the run treats SIGTERM as a request of `tunesmith stop`, not of Slurm.
         out = Path(self.run_dir)
-        for file in (out / FOLDER / f"{STOP_FILE}-{id_}", out / STOP_FILE):
+        request = out / FOLDER / f"{STOP_FILE}-{id_}"
+        if request.exists():
+            return "a stop was already requested"
+        for file in (request, out / STOP_FILE):
             # Ignore an error: the folder may be on a disk that this machine cannot access, and
             # SIGTERM below stops the job even without the files.
             with suppress(OSError):
@@ -112,4 +126,6 @@ def run_slurm(*command: str) -> tuple[int, str, str]:
             where="PATH",
             fix="run the command on a login node of the cluster",
         )
-    return done.returncode, done.stdout, last_line(done.stderr)
+    # The last line may only say: Try "sbatch --help".
+    errors = last_line(done.stderr.partition("\nTry ")[0])
+    return done.returncode, done.stdout, errors

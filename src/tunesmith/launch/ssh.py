@@ -7,13 +7,16 @@ Therefore, if a launch is interrupted, the next launch copies only the missing f
 
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.child_output import last_line
 from tunesmith.host.shell import shell_command, shell_word
+from tunesmith.launch.rendezvous import local_addresses
 
 SSH = [
     "ssh",
@@ -56,6 +59,15 @@ def check_host(host: str, option: str) -> None:
             where=option,
             fix=f"give a host name or an address that ssh accepts, such as {option} spark-b",
         )
+
+
+def check_other_node(host: str, option: str) -> None:
+    """Raise UsageError if `host` is not a host name, or if it is this node."""
+    check_host(host, option)
+    # The host may be a name that only ssh knows.
+    with suppress(OSError):
+        if socket.gethostbyname(host.rpartition("@")[2]) in local_addresses():
+            raise UsageError(f"{host} is this node", where=option, fix="name another node")
 
 
 def remote_words(host: str, words: Iterable[str]) -> list[str]:

@@ -283,11 +283,14 @@ def checkpoint_bytes(run: Run, trained: int, base: Path | None) -> tuple[int, in
 
     Args:
         trained: number of trained parameters.
-        base: folder of the model, from which a vision model is copied into checkpoints. None if it
-            is unknown.
+        base: folder of the model, from which the tokenizer and a vision model are copied into
+            checkpoints. None if it is unknown.
     """
     width = 4 if run.adapter.kind == "lora" else DTYPES[run.model.dtype].itemsize
     size = int(trained * (width + checkpoint_bytes_per_parameter(run.train, width)))
+    if base is not None:
+        # The tokenizer is copied into each checkpoint. Its file has tens of megabytes.
+        size += sum(file.stat().st_size for file in base.glob("tokenizer*"))
     if run.adapter.kind == "none" and base is not None:
         size += bytes_of_other_parts(base, trained)
     # besides `keep`, three more can exist: the one being written, the best one, and final/

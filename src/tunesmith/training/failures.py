@@ -60,7 +60,7 @@ def write_early_stop(out: Path, request: StopRequest) -> None:
     Before env.json exists, a rank may already have removed the folder and its lock.
     """
     if (out / IDENTITY).is_file():
-        write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
+        write_stopped(out, request.saved_step() or 0, what=f"stopped {request.when()}")
 
 
 def write_fault(out: Path, request: StopRequest, fault: TunesmithError, step: int) -> None:

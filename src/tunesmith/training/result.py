@@ -24,7 +24,7 @@ from tunesmith.errors import (
     is_out_of_memory,
 )
 from tunesmith.host.files import relative_to_cwd, write_atomically
-from tunesmith.host.signals import FREE_MEMORY_FIX, REQUEUE, SHORT, LowMemory
+from tunesmith.host.signals import FREE_MEMORY_FIX, SHORT, LowMemory, how_to_start_again
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.run_figures import named_figures
@@ -236,12 +236,11 @@ def stopped_by(
         saved_text = f": step {step} is saved"
         where = str(out / f"checkpoint-{step}")
         why = ""
-        fix = "start the same command again, which resumes"
     else:
         saved_text = " before the first step"
         where = ""
         why = "there was nothing to save yet"
-        fix = "start the same command again"
+    fix = how_to_start_again(signal)
     more: dict[str, object] = {}
     cause = ""
     error_class = StoppedError
@@ -262,8 +261,6 @@ def stopped_by(
     else:
         reason = "signal"
         what = f"stopped by {signal}"
-        if signal == "SIGUSR1" and os.environ.get(REQUEUE):
-            fix = "do nothing: Slurm requeues the job, and the run resumes by itself"
         # Slurm sends these signals when it preempts a job, and for its option `--signal`.
         if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
             cause = "preempted"

@@ -23,6 +23,7 @@ from tunesmith.config.paths import inputs_of
 from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import (
+    STOP_NOTE,
     Ranks,
     as_usage_error,
     is_launched,
@@ -231,17 +232,20 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
     # launcher, because other ranks would take this exit for a crash.
     if StopRequest.is_of_command and not is_launched():
         stop.patience = STOP_PATIENCE_SECONDS
+    has_joined = False
     try:
         with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
             stack.enter_context(contextlib.redirect_stderr(survive_write_errors(sys.stderr)))
             stack.enter_context(stop)
             ranks = stack.enter_context(join_ranks())
+            has_joined = True
             ranks.heartbeat.probes.stop_signal = lambda: stop.signal or ""
             stop.tell_ranks = lambda: ranks.heartbeat.share_error(Interrupted())
             stack.enter_context(MemoryGuard(stop, ranks, partial(large_files, run)))
             yield stop, ranks
     except (StoppedEarlyError, OtherRankError) as error:
-        if error.exit_code == EXIT_STOPPED:
+        # Before the ranks have joined, the agent must end the other ranks, which wait for this one.
+        if error.exit_code == EXIT_STOPPED and (has_joined or STOP_NOTE not in os.environ):
             error.exit_code = stopped_code()
         raise
 
@@ -288,7 +292,7 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
                 log.warning(output.crash.text().removeprefix("error: "))
             start = find_start(output)
             step = start.progress.step if start.progress else None
-            stop.request.find_saved_step = lambda: step
+            stop.request.saved_step = lambda: step
             if output.claim is not None:
                 stack.enter_context(record_early_stop(out, stop.request, output.claim))
             if start.finished is not None:
@@ -307,8 +311,8 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
 
                 build_session = partial(build_from_tokens, tokens, why=options.why)
             log_lines(moved_lines(begin_run(run, output, stack), ranks))
-            if output.claim is not None:
-                ranks.heartbeat.report.on_fault = partial(write_fault, out, stop.request)
+            # Set this on every rank, because one rank per node writes failure.json.
+            ranks.heartbeat.report.on_fault = partial(write_fault, out, stop.request)
             session = build_session(output.ranks)
             with ranks.raise_on_all_ranks(), as_usage_error(ranks):
                 stream = None
@@ -333,8 +337,6 @@ def start_run(run: Run, stop: StopControl, ranks: Ranks, options: StartOptions) 
 def train_to_end(trainer: "Trainer", sinks: Sinks, callback: RecordCallback) -> Result:
     """Train to the end. If the run fails or stops earlier, record this in the run directory."""
     ranks = trainer.ranks
-    # Set this on every rank, because one rank per node writes failure.json.
-    ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out, trainer.stop.request)
     if ranks.is_main_process and ranks.world > 1:
         from tunesmith.presentation.start import ranks_line  # imports torch
 

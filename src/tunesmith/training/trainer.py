@@ -86,7 +86,7 @@ class Trainer(LoopPart):
         if ended not in (None, str(run.train.duration)):
             progress.worse = 0
         self.checkpoints = CheckpointSaver(shared, saved_step)
-        stop.request.find_saved_step = lambda: self.checkpoints.writer.saved_step
+        stop.request.saved_step = lambda: self.checkpoints.writer.saved_step
         self.metrics = AsyncMetrics(shared, self.checkpoints.writer)
         self.validation = Validation(shared, self.metrics)
         self.answers = AnswerSampler(shared)
@@ -170,6 +170,7 @@ class Trainer(LoopPart):
                 continue
             metrics.submit(output)
             progress.step = output.step
+            self.ranks.heartbeat.progress(progress.step)
             stop.request.nothing_to_save = False
 
             is_last = self.is_over

@@ -31,6 +31,11 @@ def test_the_page_names_every_check() -> None:
     assert listed == {key.partition("/")[0] for key in TEXTS}
 
 
+def test_this_node_is_no_pair_with_itself() -> None:
+    with refuses(UsageError, where="--pair", names=["127.0.0.1"]):
+        check_pair("127.0.0.1")
+
+
 def test_what_runs_on_the_other_node_needs_nothing_but_python(tmp_path: Path) -> None:
     tree = ast.parse(Path(checks_module.__file__).read_text(), feature_version=(3, 9))
     found = {n.module or "." for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}

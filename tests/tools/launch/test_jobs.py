@@ -21,8 +21,10 @@ from recipes import recipe
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 from tunesmith.launch.job import FOLDER, Job, save_job
+from tunesmith.launch.jobs import JOB_CLASSES
 from tunesmith.launch.local_job import LocalJob
 from tunesmith.launch.slurm_job import SlurmJob
+from tunesmith.launch.swarm_job import SwarmJob
 from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState
 
 A_MINUTE_AGO = time.time() - 60
@@ -189,7 +191,9 @@ def test_what_files_tell_of_a_start_is_told_before_it_is_out_of_sight(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [["local", "--detach"], ["slurm", "--gpus-per-node", "0"]])
+@pytest.mark.parametrize(
+    "launcher", [["local", "--detach"], ["slurm", "--gpus-per-node", "0"], ["swarm"]]
+)
 def test_a_run_that_has_finished_is_not_launched_again(
     launcher: list[str], trained_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +249,42 @@ def test_a_requeued_job_tells_the_step_that_it_goes_on_from(
     (out / STOPPED).unlink()  # its node was lost
     assert holds(job.state().text, "PENDING: BeginTime", "step 19 of 40")
     assert "process" not in job.state().text
+
+
+CASES = json.loads(Path(__file__).with_name("states.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
+def test_a_job_tells_how_it_ended(case, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out / "failure.json").unlink()
+    monkeypatch.setattr(RUN_SLURM, lambda *_: (0, case.get("queue", ""), ""))
+    job = JOB_CLASSES[case["kind"]](
+        f"{case['kind']}-4", str(out), host="spark-a", log=str(out / FOLDER / "job.log"),
+        details={"id": "4", "pid": "0", "created": ""},
+    )  # fmt: skip
+    monkeypatch.setattr(SwarmJob, "manager", lambda self: "")
+    monkeypatch.setattr(SwarmJob, "tasks", lambda *_: None)
+    save_job(job)
+    files = {"config.yaml": "{}"} | case.get("files", {})
+    for name, text in (files | {f"{FOLDER}/job.log": case.get("log", "")}).items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    if not case.get("files"):
+        (out / "config.yaml").unlink()
+    if "later" in case:
+        launched(case["later"], out)
+    state = job.state()
+    assert state.state == case["state"]
+    assert holds(state.text, *case["names"])
+
+
+def test_a_run_that_trains_is_stopped_by_a_file_because_a_second_signal_ends_it(out, monkeypatch):
+    (out / METRICS).write_text('{"step": 1, "loss": 1.5}\n')
+    job = launched("local-1", out, psutil.Process())
+    monkeypatch.delattr("os.kill")
+    with at_work(out):
+        job.stop()
+    assert (out / STOP_FILE).exists()
 
 
 def test_a_mistyped_run_or_job_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

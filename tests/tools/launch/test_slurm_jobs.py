@@ -202,9 +202,13 @@ def test_one_of_two_runs_is_stopped_and_one_is_killed(cluster: Cluster, tiny: Pa
     assert f"job {ids[3]}: exit " not in log_of(runs[3])
     assert not lines_with(log_of(runs[42]), "code 75", 5), "nor is it queued again"
 
-    cluster.wait_for(lambda: [*runs[3].glob("checkpoint-*/manifest.json")], runs[3])
+    os.kill(trainer_of(runs[3]), signal.SIGTERM)  # a rank alone is stopped
+    cluster.wait_for(lambda: lines_with(log_of(runs[3]), "code 75; requeued"), runs[3])
+    cluster.start_again(ids[3], runs[3])
+    before = {*runs[3].glob("checkpoint-*/manifest.json")}
+    cluster.wait_for(lambda: {*runs[3].glob("checkpoint-*/manifest.json")} - before, runs[3])
     os.kill(trainer_of(runs[3]), signal.SIGKILL)
-    cluster.wait_for(lambda: "; requeued," in log_of(runs[3]), runs[3])
+    cluster.wait_for(lambda: log_of(runs[3]).count("; requeued,") == 2, runs[3])
     assert lines_with(log_of(runs[3]), "code 137", "SIGKILL")
     cluster.wait_for(lambda: cluster.queue(ids[3]) == "PENDING", runs[3])
     cluster.tunesmith("stop", f"slurm-{ids[3]}", "--wait")

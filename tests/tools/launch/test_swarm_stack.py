@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,14 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from errors import refuses
+from errors import check_shown, refuses
 from invoke import invoke
 from recipes import recipe
 from tunesmith.errors import UsageError
 from tunesmith.launch.swarm_job import JOB_LABEL, SERVICE
-from tunesmith.tools.launch import deploy
 from tunesmith.tools.launch.deploy import variables_of_ranks
 from tunesmith.tools.launch.inputs import check_exposed
-from tunesmith.tools.launch.stack import Stack
-from tunesmith.tools.launch.swarm import SwarmNode
+from tunesmith.tools.launch.stack import Stack, read_extra
 
 PLAIN = Stack(
     name="swarm-mine", run_dir="/home/u/runs/mine", image="sha256:ab", nodes=2, endpoint="10.0.0.1:29500", restarts=3,
@@ -103,7 +102,7 @@ def test_a_file_of_the_users_adds_mounts_and_variables_and_all_that_is_made_has_
         "services: {ranks: {volumes: [{type: bind, source: /data, target: /data}], environment: {A: b}, command: [true]}}\n"
         "configs: {mine: {file: ./x}}\n"
     )
-    plain, found = PLAIN.values()["services"][SERVICE], read(PLAIN.text(extra))
+    plain, found = PLAIN.values()["services"][SERVICE], read(PLAIN.text(read_extra(extra)))
     service = found["services"][SERVICE]
     added = {"type": "bind", "source": "/data", "target": "/data"}
     assert service["volumes"] == [*plain["volumes"], added]
@@ -112,7 +111,7 @@ def test_a_file_of_the_users_adds_mounts_and_variables_and_all_that_is_made_has_
     assert found["configs"]["mine"]["labels"] == {JOB_LABEL: "swarm-mine"}
     extra.write_text("- a list\n")
     with refuses(UsageError, where=str(extra)):
-        PLAIN.text(extra)
+        read_extra(extra)
 
 
 @pytest.mark.nightly
@@ -155,15 +154,23 @@ def test_folders_with_keys_and_tokens_are_refused_by_every_name(
     check_exposed(home / "runs" / "mine")
 
 
-def test_two_rendered_stacks_are_alike(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    here = SwarmNode("", "", None)
-    monkeypatch.setattr(deploy, "find_nodes", lambda *_: ([here], [], ""))
+def test_a_stack_is_rendered_without_docker_and_mistakes_are_found_before_it_is_asked(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no-socket")
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    first, second = (
-        invoke("launch", "swarm", tmp_path / "recipe.yaml", "--render") for _ in range(2)
-    )
-    assert (first.code, first.out) == (second.code, second.out) == (0, first.out)
-    assert "127.0.0.1:29500" in first.out
+    (tmp_path / "extra.yaml").write_text("services: {rank: {volumes: []}}")
+    words = ("launch", "swarm", tmp_path / "recipe.yaml")
+    done = invoke(*words, "--render", "--nodes", "2")
+    assert done.code == 0, done.err
+    assert done.out == invoke(*words, "--render", "--nodes", "2").out
+    service = json.loads(done.out)["services"][SERVICE]
+    assert service["deploy"]["replicas"] == 2
+    assert f"{socket.gethostname()}:29500" in service["command"]
+    own = ("--hosts", "127.0.0.1")
+    check_shown(invoke(*words, *own).err, where="--hosts", names=["127.0.0.1"])
+    mistyped = ("--stack-extra", tmp_path / "extra.yaml")
+    check_shown(invoke(*words, *mistyped).err, names=["rank"], fix=[SERVICE])
 
 
 MERGED = {"NCCL_IB_HCA": "=rocep1s0f1,roceP2p1s0f1", "NCCL_IB_MERGE_NICS": "1"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.errors import MachineError
 from tunesmith.host.child_output import last_line
-from tunesmith.launch.ssh import check_host, try_on
+from tunesmith.launch.ssh import check_other_node, try_on
 from tunesmith.tools.doctor import checks
 from tunesmith.tools.doctor.checks import System, examine, properties
 from tunesmith.tools.doctor.findings import TEXTS, Finding, finding
@@ -18,7 +18,7 @@ from tunesmith.tools.doctor.findings import TEXTS, Finding, finding
 
 def check_pair(host: str) -> list[Finding]:
     """Check this node, the other node, and whether the two match. Return all findings."""
-    check_host(host, "--pair")
+    check_other_node(host, "--pair")
     system = System()
     # The program is one file, so that the other node needs only ssh and python3.
     program = Path(checks.__file__).read_text(encoding="utf-8")

@@ -14,6 +14,8 @@ of `train`: ctrl-C saves after the current step and exits with 75.
 
 import argparse
 
+from tunesmith.cli.options import notify
+from tunesmith.host.chips import list_gpus
 from tunesmith.host.shell import shell_word
 from tunesmith.tools.launch import docker
 from tunesmith.tools.launch.cli_local import add_launched, announce, launched_recipe
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         job = docker.docker_job(recipe)
         mounts = docker.find_mounts(recipe)
         words = docker.create_words(job, args.image, mounts, debug=args.debug)
+        if not list_gpus():
+            notify("this machine has no GPU; on a machine with GPUs, add --gpus=all")
         print("docker run --rm", *map(shell_word, words), sep=" \\\n  ")
         return 0
     job = docker.start_container(recipe, args.image, debug=args.debug)

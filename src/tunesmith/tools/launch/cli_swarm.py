@@ -18,7 +18,12 @@ from pathlib import Path
 
 from tunesmith.cli.options import whole_number
 from tunesmith.host.signals import StopRequest
-from tunesmith.tools.launch.cli_local import add_launched, announce, launched_recipe
+from tunesmith.tools.launch.cli_local import (
+    add_launched,
+    announce,
+    is_finished,
+    launched_recipe,
+)
 from tunesmith.tools.launch.deploy import launch_on_swarm
 
 
@@ -63,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     # Without --nodes, assume 2 nodes, because the nodes that are ready are counted later.
     recipe = launched_recipe(args, ranks=args.nodes or 2)
+    if not args.render and is_finished(recipe, "deployed"):
+        return
     with StopRequest():
         job = launch_on_swarm(
             recipe,

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,20 @@ from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.host.chips import list_gpus
 from tunesmith.host.shell import shell_word
 from tunesmith.launch.job import save_job, state_folder
 from tunesmith.launch.jobs import check_free, name_of_run, write_recipe
 from tunesmith.launch.node import MERGE_NICS
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
-from tunesmith.launch.ssh import require_image, run_on, send_files, send_image, try_on
+from tunesmith.launch.ssh import (
+    check_other_node,
+    require_image,
+    run_on,
+    send_files,
+    send_image,
+    try_on,
+)
 from tunesmith.launch.swarm_job import JOB_LABEL, SwarmJob
 from tunesmith.tools.launch.inputs import (
     caches,
@@ -36,8 +44,8 @@ from tunesmith.tools.launch.inputs import (
     place_by_content,
     recipe_inputs,
 )
-from tunesmith.tools.launch.stack import Stack
-from tunesmith.tools.launch.swarm import SwarmNode, find_nodes
+from tunesmith.tools.launch.stack import Stack, read_extra
+from tunesmith.tools.launch.swarm import GPU_RESOURCES, SwarmNode, find_nodes
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +85,24 @@ def launch_on_swarm(
         debug: write more details to the log.
     """
     out = Path(run.output_dir).absolute()
+    for host in hosts:
+        check_other_node(host, "--hosts")
+    # Read the user's file before large files are copied.
+    more = read_extra(extra) if extra else {}
     check_free(run.output_dir)
     inputs = recipe_inputs(run)
     for path in (out, *inputs):
         check_exposed(path)
-    chosen, excluded, manager = find_nodes(hosts, nodes)
     # Check the image before large files are read, fetched and sent.
     image_id = "" if render else require_image(image)
     mounts = [(str(place_by_content(path)), str(path)) for path in inputs]
+    # Printing asks no daemon and no other node. It assumes nodes like this one.
+    gpus = (GPU_RESOURCES[0], len(list_gpus())) if list_gpus() else None
+    chosen = [SwarmNode("", "", gpus)]
+    excluded: list[str] = []
+    manager = ""
+    if not render:
+        chosen, excluded, manager = find_nodes(hosts, nodes)
     stack = replace(
         plan_stack(out, chosen, restarts),
         excluded=tuple(excluded),
@@ -93,8 +111,9 @@ def launch_on_swarm(
         mounts=tuple(mounts),
     )
     if render:
-        host = stack.endpoint.rpartition(":")[0]
-        text = replace(stack, endpoint=f"{host}:{RENDERED_PORT}").text(extra)
+        endpoint = f"{socket.gethostname()}:{RENDERED_PORT}"
+        stack = replace(stack, nodes=nodes or len(hosts) + 1, endpoint=endpoint)
+        text = stack.text(more)
         log.info(
             "--render copies nothing to the nodes; without --render, the recipe, the "
             "input files and the image are copied"
@@ -112,7 +131,7 @@ def launch_on_swarm(
         send_image(image, image_id, node.host)
     # Use the image id instead of the name, so that Swarm does not look for a newer image in a
     # registry.
-    _start_service(job, replace(stack, image=image_id), manager, extra)
+    _start_service(job, replace(stack, image=image_id), manager, more)
     return job
 
 
@@ -138,7 +157,7 @@ def _prepare_nodes(run: Run, job: SwarmJob, nodes: Sequence[SwarmNode], stack: S
         send_files(files, node.host)
 
 
-def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None) -> None:
+def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Mapping[str, object]) -> None:
     """Deploy the stack with the Hub's token and the user's keys of trackers as secrets.
 
     If the deployment fails, remove everything that it created.

@@ -13,7 +13,7 @@ from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.config.paths import inputs_of, is_pattern, pattern_folder
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import UsageError, is_secret_name, mask
-from tunesmith.host.files import cache_folder
+from tunesmith.host.files import cache_folder, in_home
 
 # Folder of the files with access tokens in a container. docker/entrypoint.sh exports the tokens of
 # experiment trackers as variables.
@@ -73,7 +73,7 @@ def check_exposed(path: Path, *, system: Iterable[str] = SYSTEM_FOLDERS) -> None
     """
     from huggingface_hub import constants
 
-    home = Path.home()
+    home = in_home("~")
     private = [*map(Path, system), *(home / name for name in PRIVATE_NAMES), home]
     private.append(Path(constants.HF_TOKEN_PATH))
     for folder in [*private, *(folder.resolve() for folder in private)]:

@@ -32,6 +32,8 @@ from tunesmith.tools.launch.inputs import hub_sources, passed_variables, recipe_
 # Names of files in the folder `launch` of the run directory.
 SCRIPT_NAME = "slurm.sh"
 LOG_NAME = "slurm"
+# Slurm's reason of a pending job that asks for more nodes than the partition has.
+NEVER_STARTS = "PartitionNodeLimit"
 # Minimum number of seconds between the signal that makes the run save and the job's time limit. It
 # is reduced if the time limit is short.
 MIN_WARNING_SECONDS = 300
@@ -54,6 +56,15 @@ PASSED_TO_JOB = re.compile(
 BODY = r"""
 say() { echo "$(date +%FT%T) job $SLURM_JOB_ID: $*"; }
 newest() { ls -d "$run"/checkpoint-*/manifest.json 2>/dev/null | sort -V | tail -n 1; }
+# An earlier, shorter run may have left final/. The container's Python is not on this node.
+has_finished() {
+    [ -e "$run/final/manifest.json" ] || return
+    [ "${#container[@]}" -gt 0 ] || "$python" -c "
+from sys import argv
+from tunesmith.checkpoint.resume import finished_step
+from tunesmith.config.load import load_recipe
+raise SystemExit(finished_step(load_recipe(argv[1])) is None)" "$run/launch/recipe.yaml"
+}
 address_of() {
     local name
     name=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
@@ -63,6 +74,7 @@ address_of() {
 export SLURM_EXPORT_ENV=ALL PYTHONUNBUFFERED=1  # pass all variables to every node
 attempt=${SLURM_RESTART_COUNT:-0}
 stop_file=$run/launch/stop-$SLURM_JOB_ID  # created by `tunesmith stop`
+log=$run/launch/slurm-$SLURM_JOB_ID.log
 # Check the number of restarts: Slurm itself requeues after a lost node, without a maximum.
 if [ "$attempt" -gt "$max_requeues" ]; then
     say "requeued $attempt times, more than $max_requeues: giving up"
@@ -93,10 +105,22 @@ say "start $attempt on $SLURM_JOB_NODELIST, GPUs per node: ${SLURM_GPUS_ON_NODE:
     "rendezvous $host:$port"
 previous=$(newest) requeue= stopped_by= srun=
 # srun forwards SIGUSR1 to the node agents.
-trap 'requeue=1; say "the time limit is near: the run saves and stops"; kill -USR1 $srun' USR1
+trap 'requeue=1; say "the time limit is near: the run saves and stops"
+    [ -z "$srun" ] || kill -USR1 "$srun"' USR1
 # Slurm also sends SIGTERM to the job steps. After the warning, SIGTERM means the time limit.
 # Otherwise it comes from scancel, and the job must not be requeued.
 trap '[ -n "$requeue" ] || stopped_by=scancel; say "SIGTERM: the run saves and stops"' TERM
+# Nodes that do not share the folder need the recipe too. srun sends its input to every node.
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ] && ! srun --mpi=none --ntasks-per-node=1 bash -c '
+    new=$1/recipe.$SLURM_NODEID
+    mkdir -p "$1" && cat >"$new" && mv "$new" "$1/recipe.yaml" && exit
+    echo "error: $SLURMD_NODENAME cannot write $1"
+    echo "  fix: set output_dir to a folder that exists or can be created on every node"
+    exit 2' bash "$run/launch" <"$run/launch/recipe.yaml"; then
+    say "exit code 2"
+    exit 2
+fi
+log_bytes=$(stat -c %s "$log")
 srun --kill-on-bad-exit=1 --wait=120 --mpi=none --ntasks-per-node=1 "${container[@]}" \
     "$python" -m tunesmith.launch.node --nodes "$SLURM_JOB_NUM_NODES" --ranks "$ranks" \
     --endpoint "$host:$port" --id "$SLURM_JOB_ID" "${debug[@]}" \
@@ -105,8 +129,12 @@ srun=$!
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
 wait "$srun"
 code=$?
+# Use the code of the node that ended first: srun returns 143 if it has ended the other nodes.
+first=$(tail -c "+$((log_bytes + 1))" "$log" |
+    sed -n 's/^srun: error: .*Exited with exit code \([0-9]*\)$/\1/p' | head -n 1)
+code=${first:-$code}
 # After a lost node, srun may exit with 0 although the run has not finished.
-if [ "$code" -eq 0 ] && [ ! -e "$run/final/manifest.json" ]; then code=1; fi
+if [ "$code" -eq 0 ] && ! has_finished; then code=1; fi
 
 trap '' TERM
 if [ -e "$stop_file" ]; then
@@ -117,8 +145,10 @@ fi
 # was killed by SIGKILL or SIGTERM. Requeue only if this start has saved a new checkpoint: otherwise
 # the run would probably fail at the same step again.
 now=$(newest)
-case $code in 1 | 137 | 143)
-    if [ -n "$now" ] && [ "$now" != "$previous" ]; then requeue=1; fi ;;
+case $code in
+1 | 137 | 143) if [ -n "$now" ] && [ "$now" != "$previous" ]; then requeue=1; fi ;;
+# Only a rank was stopped: by a signal, or because of low memory. The user did not ask for it.
+75) grep -qs '"reason": "file"' "$run/stopped.json" || requeue=1 ;;
 esac
 how=
 case $code in
@@ -377,7 +407,7 @@ def check_reach(run: Run, request: JobRequest, words: Sequence[str]) -> None:
             fix=f"run `tunesmith fetch {shell_command(words)}`; the nodes must be able to read "
             f"{hub_home()}",
         )
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    netrc = Path(os.path.expanduser(os.environ.get("NETRC", "~/.netrc")))
     if run.log.wandb and os.environ.get("WANDB_API_KEY") and not netrc.is_file():
         raise UsageError(
             "WANDB_API_KEY is not sent to the job",
@@ -423,6 +453,15 @@ def submit(run: Run, request: JobRequest) -> SlurmJob:
     log = Path(run.output_dir, FOLDER, f"{LOG_NAME}-{id_}.log")
     job = SlurmJob(f"slurm-{id_}", run.output_dir, log=str(log), details={"id": id_})
     save_job(job)
+    state = job.state()
+    if NEVER_STARTS in state.text:
+        job.stop()
+        raise MachineError(
+            "the job can never start, so it was removed from the queue",
+            where=script,
+            why=state.text,
+            fix="compare --nodes and --time with the limits that `sinfo` shows",
+        )
     return job
 
 

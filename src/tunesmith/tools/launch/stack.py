@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import agent_words, recipe_file
@@ -159,18 +160,17 @@ class Stack:
             deploy["resources"] = {"reservations": {"generic_resources": [spec]}}
         return deploy
 
-    def text(self, extra: Path | None = None) -> str:
+    def text(self, extra: Mapping[str, object] = {}) -> str:
         """Return the text of the stack file.
 
         The text is JSON, which is valid YAML and quotes every string.
 
         Args:
-            extra: a file of the user that is merged into the stack file.
+            extra: the content of the user's file, which is merged into the stack file.
         """
         # Escape "$" as "$$", because docker replaces `$NAME` by the value of a variable.
-        values = json.loads(json.dumps(self.values()).replace("$", "$$"))
-        if extra is not None:
-            values = _merge(values, _read_extra(extra))
+        values: Any = json.loads(json.dumps(self.values()).replace("$", "$$"))
+        values = _merge(values, extra)
         # Objects without `external` come from the user's file. Add JOB_LABEL, so that they are
         # removed after the run too.
         for kind in ("networks", "secrets", "configs", "volumes"):
@@ -180,7 +180,7 @@ class Stack:
         return json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n"
 
 
-def _read_extra(file: Path) -> Mapping[str, object]:
+def read_extra(file: Path) -> Mapping[str, object]:
     """Read a stack file of the user. Raise UsageError if it is not valid."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -200,6 +200,13 @@ def _read_extra(file: Path) -> Mapping[str, object]:
             where=file,
             fix="write a mapping, such as services: {ranks: {volumes: [...]}}",
         )
+    for name, service in (values.get("services") or {}).items():
+        if name != SERVICE and "image" not in service:
+            raise UsageError(
+                f"the service {name} has no image",
+                where=f"{file}: services.{name}",
+                fix=f"rename {name} to {SERVICE}, which is the run's, or add its image",
+            )
     return values
 
 

@@ -25,15 +25,12 @@ from tunesmith.cli.options import (
     whole_number,
 )
 from tunesmith.cli.recipe_options import RECIPE_HELP, add_new_recipe, chosen_recipe
-from tunesmith.config.load import load_recipe
 from tunesmith.distributed.ranks import reported_once_a_node, started_as
-from tunesmith.errors import EXIT_OK, EXIT_STOPPED
 from tunesmith.host.signals import StopRequest, loading_libraries
 from tunesmith.host.streams import survive_write_errors
 from tunesmith.launch.node import run_agent
-from tunesmith.run_dir import SWEEP, read_object
+from tunesmith.run_dir import SWEEP
 from tunesmith.tools.sweep.space import Space, read_space
-from tunesmith.tools.sweep.sweep_file import SweepResult
 
 LOADS_TORCH = "here"
 
@@ -91,13 +88,7 @@ def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:
     if args.ranks is not None and started_as() is None:
         words = ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words]
         words += ["--trust-remote-code"] * args.trust_remote_code
-        code = run_agent(words + ["--json"] * args.json)
-        # After a stop request the ranks exit with 0, because torchrun would restart them otherwise.
-        # Therefore sweep.json must be read to know whether the sweep was stopped.
-        file = Path(load_recipe(args.recipe, space.fixed).output_dir, SWEEP)
-        if code == EXIT_OK and read_object(file, SweepResult)["stopped"]:
-            return EXIT_STOPPED
-        return code
+        return run_agent(words + ["--json"] * args.json)
     with StopRequest(), loading_libraries():
         from tunesmith.tools.sweep.run import run_sweep
         from tunesmith.tools.sweep.table import sweep_lines
