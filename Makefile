@@ -1,5 +1,5 @@
 # make demo    train a small model on two CPU cores and compare its answers before and after
-# make quick   run the tests that are not slow: about 50 seconds on two cores
+# make quick   run the tests below a tenth of a CPU second
 # make engine  run the tests of the engine, without the tests of commands and tools
 # make test    run the tests of every change, as CI does: about ten minutes on two cores
 # make nightly  run the tests that need longer: real clusters, images, campaigns, and make families
@@ -100,4 +100,4 @@ cluster-tools:
 	@.ci/cluster-tools
 
 clean:
-	rm -rf $(VENV) .versions .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl
+	rm -rf $(VENV) .versions .docker demo/data runs/demo runs/demo-base-*.jsonl runs/demo-tuned.jsonl

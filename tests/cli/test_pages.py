@@ -48,6 +48,35 @@ def test_a_row_becomes_the_text_beside_it(
     assert (shown + "⟧" * inside).rstrip("\n") == text
 
 
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/first-change.md"])
+def test_names_of_code_in_a_page_exist(page: str) -> None:
+    texts: list[Path] = []
+    for folder in ("src", "tests", "benchmarks"):
+        texts += (ROOT / folder).rglob("*.py")
+    words = {
+        word for path in texts for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))
+    }
+    missing = []
+    for span in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text(encoding="utf-8")):
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|yaml|md|sh|jsonl?)", span):
+            places = [ROOT / span, ROOT / "src/tunesmith" / span, ROOT / "docs" / span]
+            known = any(place.exists() for place in places) or Path(span).name == span
+            missing += [] if known else [span]
+            continue
+        for word in re.findall(r"(?<![\w.<-])[A-Za-z_]\w*", span):
+            is_code = re.search(r"\w_\w|^_\w|[a-z][A-Z]", word)
+            missing += [word] if is_code and word not in words else []
+    assert missing == []
+
+
+# GitHub's column shows about 100 characters of a line of code.
+def test_no_line_of_code_in_the_readme_is_cut() -> None:
+    blocks = re.findall(
+        r"^```.*?^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 100] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["tables/memory", "tables/versions", "parity/recipe_exports"])
 def test_the_table_is_what_its_benchmark_says(script: str) -> None:

@@ -259,6 +259,21 @@ def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
         assert holds(warning, "1 row", "score", "2 rows", f"{source['source']}:2")
 
 
+def test_a_kind_of_warning_has_one_line_for_all_splits(tiny: Path, tmp_path: Path) -> None:
+    """The count is over all rows, and the line has one location."""
+    rows = [{**good(i), "score": i} if i % 4 else good(i) for i in range(40)]
+    for i, row in enumerate(rows):
+        row["messages"][0] = {**U, "content": f"{i} {{{{name}}}} <|im_start|>"}
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    data = prepared(tiny, tmp_path, source, hold_out="10 examples")
+    assert len(data.sources()) == 2
+    for about in ("{{name}}", "<|im_start|>"):
+        assert holds(warned(data, about), "40")
+    assert holds(warned(data, "score"), "30 rows")
+    for line in data_warnings(data):
+        assert line.count("rows.jsonl:") <= 2  # a location, and that of a row that it repeats
+
+
 def test_rows_of_another_split_are_told(tiny: Path, tmp_path: Path) -> None:
     for splits, told in (
         (("train", "test", "Validation", "train"), ["2 rows", f"{tmp_path}/rows.jsonl:2"]),

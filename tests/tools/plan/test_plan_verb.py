@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from huggingface_hub import constants
 
 from errors import check_shown, holds, lines_with, refuses, warnings_with
 from invoke import Output, invoke
-from recipes import recipe
+from recipes import recipe, write_rows
+from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import UsageError
 from tunesmith.host.chips import CHIPS
@@ -67,6 +70,20 @@ FALCON = {
     "model_type": "falcon", "architectures": ["FalconForCausalLM"], "hidden_size": 64, "num_attention_heads": 4,
     "num_hidden_layers": 2, "vocab_size": 272, "new_decoder_architecture": False,
 }  # fmt: skip
+
+
+def test_the_answer_comes_before_what_the_rows_and_the_recipe_say(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", 60)
+    both = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    words = ["--model", tiny, "--data", tmp_path / "rows.jsonl"]
+    assert main(["plan", *map(str, words)]) == 0
+    first, *others = both.getvalue().splitlines()
+    assert " GiB" in first
+    assert any("rows.jsonl: 60" in line for line in others)
 
 
 def test_a_type_that_packs_nothing_is_planned_unpacked(llama: Path) -> None:

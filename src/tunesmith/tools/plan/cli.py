@@ -16,17 +16,23 @@ data` fills. The exit code is 2 if the run does not fit.
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 
 from tunesmith.cli.options import add_json, whole_number
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.config.dump import flatten
 from tunesmith.errors import UsageError
+from tunesmith.host.logger import PACKAGE
 from tunesmith.host.shell import shell_word
 from tunesmith.planning.machines import read_cluster
 
 LOADS_TORCH = "here"
 
 log = logging.getLogger(__name__)
+
+MAX_HELD_LINES = 10_000  # more lines than a plan logs
 
 # Keys whose values are printed if a new recipe is created.
 CHOSEN_KEYS = (
@@ -63,7 +69,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+@contextmanager
+def _logged_afterwards() -> Iterator[None]:
+    """Hold log lines back inside the block, so that the first line of a plan is the answer."""
+    handlers = PACKAGE.handlers[:]
+    held = BufferingHandler(MAX_HELD_LINES)
+    PACKAGE.handlers[:] = [held]
+    try:
+        yield
+    finally:
+        PACKAGE.handlers[:] = handlers
+        for record in held.buffer:
+            PACKAGE.handle(record)
+
+
 def run(args: argparse.Namespace) -> None:
+    with _logged_afterwards():
+        _plan(args)
+
+
+def _plan(args: argparse.Namespace) -> None:
     # --on is a list, so that a repeated option can be reported instead of being ignored.
     machines = args.on or ["here"]
     if len(machines) > 1:
