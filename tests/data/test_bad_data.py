@@ -36,7 +36,7 @@ def assert_refused(source: Source, what: str, where: str, fix: str) -> None:
     with pytest.raises(DataError) as caught:
         through(source)
     error = caught.value
-    assert what in error.what
+    assert what in f"{error.what} {error.why}"
     assert where in error.where
     assert fix in error.fix
     assert error.exit_code == 2
@@ -180,6 +180,9 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
         (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs the name of a configuration", "name: x"),
+        (lambda d: d.exceptions.DatasetGenerationCastError("An error occurred while generating the dataset\n\nAll the data files must have the same columns, but at some point there are 1 new columns ({'note'})"), "'note'", "hf download a/b"),
+        (lambda d: RuntimeError("Dataset scripts are no longer supported, but found b.py"), "b.py", "hf download a/b"),
+        (lambda d: ConnectionError("Couldn't reach the Hub"), "reach", "check the network"),
     ],
 )  # fmt: skip
 def test_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Any, what: str, fix: str) -> None:

@@ -227,6 +227,14 @@ def _undecoded(feature: Any) -> Any:
     return {**parts, "decode": False} if feature.get("_type") in _MEDIA_TYPES else parts
 
 
+def _is_of_files(error: BaseException) -> bool:
+    """Return whether an error of `datasets` is about the files of a data set, such as a script."""
+    import datasets
+
+    kinds = (datasets.exceptions.DatasetsError, RuntimeError, TypeError, ValueError)
+    return isinstance(error, kinds)
+
+
 def _hub_error(name: str, error: Exception) -> DataError:
     """Convert an error of the Hub client to a DataError with a cause and a fix."""
     import datasets
@@ -249,9 +257,16 @@ def _hub_error(name: str, error: Exception) -> DataError:
         fix = f"correct the name, log in with `hf auth login`, or write ./{name} for a local file"
     elif isinstance(error, ValueError) and "onfig" in text:
         return config_error(name, error)
+    elif _is_of_files(error.__cause__ or error):
+        # The text of the error names the columns that differ between the files.
+        what = f"the files of the dataset {name} cannot be read as one table"
+        prefix = "An error occurred while generating the dataset"
+        details = " ".join(text.removeprefix(prefix).split())
+        why = f"{details or first_line(error.__cause__ or error):.300}"
+        local = row_fix(name, source="DIR")
+        fix = f"hf download {name} --repo-type dataset --local-dir DIR   # then use {local}"
     else:
-        # The remaining causes are a lost connection, a time-out, a full disk, or an unsupported
-        # file format.
+        # The remaining causes are a lost connection, a time-out, or a full disk.
         what = f"the dataset {name} cannot be read"
         fix = (
             "check the network and the disk (HF_HOME), and start again (finished downloads are"
