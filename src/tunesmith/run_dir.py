@@ -471,6 +471,10 @@ class Sample(TypedDict):
     row: NotRequired[str | None]
 
 
+# Number of newest steps of a run with sampled answers whose answers are kept in files.
+KEPT_ROLLOUTS = 20
+
+
 def rollout_files(folder: Path) -> dict[int, Path]:
     """Return the files of sampled answers in a folder by their step, in order."""
     found = {}
@@ -479,6 +483,23 @@ def rollout_files(folder: Path) -> dict[int, Path]:
         if step.isdecimal():
             found[int(step)] = path
     return dict(sorted(found.items()))
+
+
+def outdated_rollouts(folder: Path, newest: int) -> list[Path]:
+    """Return the files of sampled answers that can be deleted after the step `newest`.
+
+    The files of the newest KEPT_ROLLOUTS steps and of the first step are kept. 5 to 8 files of the
+    steps between are kept too, at equal distances, to show answers of the middle of a run. Files of
+    later steps are from before the run was resumed.
+    """
+    # A power of two, because the multiples of the next one are multiples of this one.
+    distance = 1 << (newest // 8).bit_length()
+    outdated = []
+    for step, path in rollout_files(folder).items():
+        is_kept = step == 1 or step > newest - KEPT_ROLLOUTS or step % distance == 0
+        if step > newest or not is_kept:
+            outdated.append(path)
+    return outdated
 
 
 def read_samples(folder: Path) -> Part[list[Sample]]:

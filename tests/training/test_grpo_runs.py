@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -11,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig
 
 from errors import is_internal, refuses
 from invoke import invoke
 from recipes import make_run, merge, recipe, rows
-from tunesmith import training
+from time_limit import time_limit
+from tunesmith import run_dir
 from tunesmith.data.batches.batch import Batch
 from tunesmith.errors import DataError, ModelError, StoppedError
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.reader.rollouts import read_groups
+from tunesmith.metrics.run_figures import explain_equal_rewards
+from tunesmith.reader.rollouts import read_groups, rollout_lines
 from tunesmith.training import rollouts as rollouts_module
 from tunesmith.training import session
 from tunesmith.training.result import Result
@@ -204,6 +208,10 @@ def test_rows_without_an_answer_are_scored_by_their_columns(
         assert [reward for reward, _ in answers] == [float(letter in text) for _, text in answers]
     scores = command("eval", "run", "--data", "train.jsonl", "--score", "r.py:own", "--json")
     assert json.loads(scores)["scores"]
+    assert json.loads(scores)["tuned"] == json.loads(scores)["base"] == {"rows": 24}
+    shown = command("eval", "run", "--data", "train.jsonl", "--score", "r.py:own", "--no-base")
+    assert "loss" not in shown
+    assert invoke("eval", "run", "--data", "train.jsonl").code == 2
     command("report", "run")
     best = max(answers[0][0] for _, _, answers in groups)
     assert f"step 4, reward {best:.2f}" in Path("report.html").read_text()
@@ -220,20 +228,54 @@ def test_rows_without_an_answer_are_scored_by_their_columns(
     assert memory["slots"] == 64 * (25 + 8) * keys * 4 < memory["rollouts"]
 
 
-def test_records_and_files_hold_the_answers(
+def test_files_of_the_first_the_newest_and_some_steps_between_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 101):
+        (tmp_path / f"step-{step}.safetensors").touch()
+        for path in run_dir.outdated_rollouts(tmp_path, step):
+            path.unlink()
+    assert [*run_dir.rollout_files(tmp_path)] == [1, 16, 32, 48, 64, 80, *range(81, 101)]
+
+
+def test_a_run_without_different_rewards_says_why_and_what_to_change(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.rollouts, "KEPT_FILES", 2)
-    go(tiny, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    changes = merge(RL, {"method": {"reward": "exact"}, "log": {"tensorboard": True}})
+    Path("r.yaml").write_text(json.dumps(recipe(tiny, tmp_path, **changes)))
+    done = invoke("train", "r.yaml")
+    warnings = [
+        line for line in (done.err + done.out).splitlines() if "method.answer_tokens" in line
+    ]
+    assert [re.findall(r"in (\d) steps", line) for line in warnings] == [["3"], ["4"]]
+    [start, *_] = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    assert (start["step"], start["val_reward"], start["val_reward_low"]) == (0, 0, 0)
+    assert json.loads(Path("run/best.json").read_text())["step"] == 0
+    assert [record.step for record in read_records(Path("run/metrics.jsonl"))] == [1, 2, 3, 4]
+    events = EventAccumulator("run/tensorboard").Reload()
+    assert {"train/reward", "train/reward_std"} <= {*events.Tags()["scalars"]}
+    assert [event.step for event in events.Scalars("validation/reward")] == [0, 2, 4]
+    assert explain_equal_rewards([{"cut_share": 0, "reward": 0}]) != explain_equal_rewards(
+        [{"cut_share": 0, "reward": 1}]
+    )
+
+
+def test_records_and_files_hold_the_answers(tiny: Path, tmp_path: Path) -> None:
+    go(tiny, tmp_path, {"method": {"reward": ["r.py:letters", "f1"], "reward_weights": [1, 0.5]}})
     record = numbers(tmp_path)[-1]
-    files = rollouts(tmp_path)
-    assert [*files] == ["step-3.safetensors", "step-4.safetensors"]
-    file = files["step-4.safetensors"]
+    file = rollouts(tmp_path)["step-4.safetensors"]
     assert len(file["lengths"]) == len(file["rewards"]) == 16
     assert file["lengths"].sum() == len(file["ids"]) == record["supervised_tokens"]
     assert record["reward"] == pytest.approx(file["rewards"].mean())
     assert record["cut_share"] == pytest.approx(1 - file["finished"].mean())
     groups = file["rewards"].reshape(4, 4)
+    means = file["scores"].mean(0)
+    assert (record["reward/letters"], record["reward/f1"]) == pytest.approx(tuple(means))
+    assert file["rewards"] == pytest.approx(file["scores"] @ [1, 0.5])
+    [*lines] = rollout_lines(tmp_path / "run", "4")
+    assert (
+        sum(bool(re.match(r"\[[\d.]+: letters [\d.]+, f1 [\d.]+\] ", line)) for line in lines) == 16
+    )
+    assert record["reward_std"] == pytest.approx(groups.std(1, ddof=1).mean())
     assert record["groups_with_variance"] == (groups != groups[:, :1]).any(1).mean()
     text = (tmp_path / "run" / "env.json").read_text()
     assert len(json.loads(text)["reward_hash"]) == 64
@@ -265,9 +307,14 @@ def test_a_damaged_file_of_answers_is_named(
         {"answers": []},
         {"answers": ["a"]},
         {"prompts": 3},
+        {"prompts": [["Say a", 3]]},
+        {"answers": ["a", None]},
+        {"scorers": ["exact"]},
     ]
     file.parent.mkdir(parents=True)
-    Path("run/metrics.jsonl").touch()
+    # A reward that no float can hold, and a value of an unknown field.
+    line = {"step": 10**400, "reward": 10**400}
+    Path("run/metrics.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(line | {'step': 1})}\n")
     contents = []
     for change in ({}, *damages):
         encoded = json.dumps(texts | change).encode()
@@ -284,6 +331,12 @@ def test_a_damaged_file_of_answers_is_named(
         assert not is_internal(done.err)
         assert str(file) in done.err
         command("report", "run", "--output", "report.html")
+    file.unlink()
+    os.mkfifo(file)
+    with time_limit(30):
+        assert invoke("data", "--rollouts", "run", 2).code == 2
+        command("report", "run", "--output", "report.html")
+    file.unlink()
     file.write_bytes(whole)
     assert "[1.00] b" in command("data", "--rollouts", "run", 2)
     for words in (["run", 3], ["r", 2], ["run", "x"]):

@@ -20,7 +20,7 @@ from tunesmith.config.dump import dump
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import RunError
-from tunesmith.metrics.record import read_records
+from tunesmith.metrics.record import read_records, read_start_values
 from tunesmith.metrics.run_figures import run_figures
 from tunesmith.run_dir import METRICS, Fields, describe_weights, read_env
 
@@ -191,7 +191,7 @@ def _figures(run_dir: Path, step: int | None) -> str:
         figures = []
         if step:
             figures.append(f"weights     {describe_weights(step, records[-1].step)}")
-        figures += run_figures(records, 0.0)
+        figures += run_figures(records, 0.0, start=read_start_values(run_dir / METRICS))
         figures.append(f"hardware    {machine}")
         figures.append(f"versions    {versions}")
         return "\n".join(figures)

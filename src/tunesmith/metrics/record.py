@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -109,8 +110,7 @@ class StepRecord:
         tagged = {}
         for name, value in self.values().items():
             if value is not None and name != "step":
-                group = "validation" if name.startswith(VALIDATION) else "train"
-                tagged[f"{group}/{name.removeprefix(VALIDATION)}"] = value
+                tagged[tracker_tag(name)] = value
         return tagged
 
     def to_plain(self) -> dict[str, int | float | str | None]:
@@ -148,6 +148,12 @@ class StepRecord:
         return cls.from_plain(parse_json(line))
 
 
+def tracker_tag(name: str) -> str:
+    """Return the name that trackers use for a value of a record, such as `train/loss`."""
+    group = "validation" if name.startswith(VALIDATION) else "train"
+    return f"{group}/{name.removeprefix(VALIDATION)}"
+
+
 _FIELD_NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")
 _FIRST_OPTIONAL = _FIELD_NAMES.index("mfu_peak_tflops")
 _REQUIRED = _FIELD_NAMES[:_FIRST_OPTIONAL]
@@ -158,9 +164,10 @@ _NON_FINITE = ("NaN", "Infinity", "-Infinity")  # spelling of json.dumps, which 
 
 
 def read_records(path: str | Path) -> list[StepRecord]:
-    """Return all records of a metrics.jsonl, except an incomplete last line.
+    """Return the records of all steps of a metrics.jsonl, except an incomplete last line.
 
-    The last line is incomplete if the run is still writing or was killed.
+    The last line is incomplete if the run is still writing or was killed. The values of step 0 are
+    no record of a step, see `read_start_values`.
 
     Raise RunError with file:line if an earlier line cannot be read.
     """
@@ -169,7 +176,9 @@ def read_records(path: str | Path) -> list[StepRecord]:
     lines = read_bytes(path).splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(StepRecord.from_json(line))
+            values = parse_json(line)
+            if not (isinstance(values, dict) and values.get("step") == 0):
+                records.append(StepRecord.from_plain(values))
         except ValueError as error:
             if number < len(lines):
                 raise RunError(
@@ -179,6 +188,17 @@ def read_records(path: str | Path) -> list[StepRecord]:
                     fix="remove this line",
                 ) from None
     return records
+
+
+def read_start_values(path: Path) -> Values:
+    """Return the values before the first step, which have the step 0 in metrics.jsonl, or an empty
+    dict if there are none.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        with open_regular(path) as file:
+            values = checked_values(parse_json(file.readline()))
+        return values if values["step"] == 0 else {}
+    return {}
 
 
 def checked_values(row: object) -> Values:
@@ -193,11 +213,11 @@ def checked_values(row: object) -> Values:
     for name, value in row.items():
         # In the file, NaN and infinities are strings, because JSON has no such numbers.
         number = float(value) if value in _NON_FINITE else value
-        # The JSON parser reads a number that is too large as infinity.
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        # The JSON parser reads a float that is too large as infinity, and an int of any size.
+        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         is_wrong = not is_number and value not in _NON_FINITE
         if name in _INTEGER_FIELDS:
-            is_wrong = type(value) is not int or value < 0
+            is_wrong = not is_number or type(value) is not int or value < 0
 
         is_null = value is None and name in _MAY_BE_NULL
         if is_wrong and name in _FIELD_NAMES and not is_null:

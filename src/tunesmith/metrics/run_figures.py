@@ -120,7 +120,26 @@ class RunFigures:
 
     def _after_first(self, name: str) -> list[float | None]:
         values = self.column(name)
-        return values[1:] if len(values) > 1 else values
+        first = 1 + self.column("step")[:1].count(0)  # the values of step 0 are of no step
+        return values[first:] if len(values) > first else values
+
+    @property
+    def reward_text(self) -> str:
+        """The first and the last mean reward of the held-out rows with the 95 % interval of the
+        last, or of the sampled answers if no rows are held out. "" for other methods.
+        """
+        rewards = finite(self.column("reward"))
+        held_out = list(self._by_step("val_reward").values())
+        if not rewards and not held_out:
+            return ""
+        name, values = ("val_reward", held_out) if held_out else ("reward", rewards)
+        text = f"{name} {values[0]:.2f}"
+        if len(values) > 1:
+            text += f" -> {values[-1]:.2f}"
+        low, high = self.last("val_reward_low"), self.last("val_reward_high")
+        if held_out and low is not None and high is not None:
+            text += f" ({low:.2f} to {high:.2f})"
+        return text
 
     def _per_second(self, name: str) -> float | None:
         """Return the sum of a column divided by the sum of step_seconds, without the first step."""
@@ -150,25 +169,36 @@ class RunFigures:
 
 
 def run_figures(
-    records: Sequence[StepRecord], seconds: float, *, took: float | None = None
+    records: Sequence[StepRecord],
+    seconds: float,
+    *,
+    took: float | None = None,
+    start: Mapping[str, float | None] = {},
 ) -> list[str]:
     """Return statistics of a run, one per line, such as its duration, speed and loss.
 
     Args:
         seconds: training time. If it is 0, the sum of the recorded steps is used.
         took: duration of this start, including the time outside of steps.
+        start: the values before the first step.
     """
     if not records:
         return ["no steps"]
-    figures = named_figures(records, seconds)
+    figures = named_figures(records, seconds, start)
     if took is not None:
         figures["time"] += f"; this start took {format_seconds(took)}"
     return [f"{name:<12}{text}" for name, text in figures.items()]
 
 
-def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, str]:
+def named_figures(
+    records: Sequence[StepRecord], seconds: float, start: Mapping[str, float | None] = {}
+) -> dict[str, str]:
     """Return statistics of a run with at least one step. The keys are the printed names."""
-    figures = RunFigures.of(records)
+    figures = RunFigures()
+    if start:
+        figures.add(start)
+    for record in records:
+        figures.add(record.values())
     last = records[-1]
     examples = count_of(round(figures.total("examples")), "example")
     supervised = figures.total("supervised_tokens")
@@ -180,12 +210,59 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
         "time": f"{time} in steps",
         "tokens": f"{figures.tokens:,.0f} without padding, {supervised:,.0f} of them supervised",
         "speed": f"{figures.speed or 0.0:,.0f} tokens/s",
-        "loss": f"{records[0].loss:.4f} -> {last.loss:.4f}",
     }
     if figures.mfu is not None:
         peak = figures.last("mfu_peak_tflops") or 0.0
         rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
+    # The loss of a policy gradient does not show how good the answers are.
+    is_rewarded = any(finite(figures.column("reward")))
+    rows |= _reward_rows(figures) if is_rewarded else _loss_rows(figures, records)
+    rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
+    return rows
 
+
+def _reward_rows(figures: RunFigures) -> dict[str, str]:
+    rows = {}
+    for name in figures.columns:
+        if name == "reward" or name.startswith("reward/"):
+            values = finite(figures.column(name))
+            rows[name] = f"{values[0]:.3f} -> {values[-1]:.3f}"
+            last = values[-max(MIN_LOSS_STEPS, len(values) // 10) :]
+            if len(last) < len(values):
+                rows[name] += f" (mean of the last {len(last)}: {fmean(last):.3f})"
+    name, _, text = figures.reward_text.partition(" ")
+    return rows | ({name: text} if name != "reward" else {})
+
+
+def explain_equal_rewards(steps: Sequence[Mapping[str, float | None]]) -> str:
+    """Return what the answers of some steps have in common and what to change. All answers to each
+    prompt had the same reward.
+
+    Args:
+        steps: the values of the steps' records.
+    """
+    fix = "use a reward that distinguishes between answers, or other prompts"
+    what = "all answers to each prompt had the same reward"
+    if all(step.get("cut_share") == 1 for step in steps):
+        what = "all answers were cut off at method.answer_tokens"
+        fix = "raise method.answer_tokens, or ask for shorter answers in the prompts"
+    elif all(step.get("reward") == 0 for step in steps):
+        what = "all answers had the reward 0"
+        fix = (
+            "use easier prompts, a model that is sometimes right, or a reward that is above 0 for "
+            "answers that are partly right"
+        )
+    elif all((step.get("reward") or 0) >= 1 for step in steps):
+        what = "all answers had the full reward"
+        fix = "use harder prompts, or a stricter reward"
+    return (
+        f"{what} in {count_of(len(steps), 'step')}; fix: {fix}; `tunesmith data --rollouts RUN "
+        "STEP` shows the answers"
+    )
+
+
+def _loss_rows(figures: RunFigures, records: Sequence[StepRecord]) -> dict[str, str]:
+    rows = {"loss": f"{records[0].loss:.4f} -> {records[-1].loss:.4f}"}
     # The loss of one batch is noisy, and the mean of all steps does not describe the end of the
     # run. Therefore show the mean of the last steps.
     averaged = len(figures.last_losses)
@@ -198,5 +275,4 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
     if len(val_losses) > 1:
         best = f"best {min(val_losses):.4f} at step {figures.best_step}"
         rows["val_loss"] += f" -> {val_losses[-1]:.4f}, {best}"
-    rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
     return rows

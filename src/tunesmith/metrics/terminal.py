@@ -6,7 +6,7 @@ log.txt has every line that `log.every` selects.
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -134,12 +134,17 @@ class Terminal(Sink):
 
         if self._every.due(step, self.trained_seconds) or self._steps == 1 or step == self.total:
             self._show_step(record, count, time_left)
-        if record.val_loss is not None:
+        if f"{VALIDATION}reward" in record.extra:
+            self.text("validation", f"step {step}  {_val_reward(record.extra)}")
+        elif record.val_loss is not None:
             line = f"step {step}  val_loss {record.val_loss:.4f}"
             for name, value in record.extra.items():
                 if name.startswith(VALIDATION) and name.endswith("accuracy"):
                     line += f"  {name} {value:.1%}"
             self.text("validation", line)
+
+    def start_values(self, values: Mapping[str, float]) -> None:
+        self.text("validation", f"before training  {_val_reward(values)}")
 
     def _show_step(self, record: StepRecord, count: str, time_left: str) -> None:
         rate = f"{record.learning_rate:.1e}".replace("e-0", "e-")
@@ -192,15 +197,24 @@ class Terminal(Sink):
             show(text, self.stream)
 
 
+def _val_reward(values: Mapping[str, float]) -> str:
+    """Return the mean reward of the held-out rows with its 95 % interval."""
+    mean, low, high = (values[f"{VALIDATION}reward{end}"] for end in ("", "_low", "_high"))
+    return f"val_reward {mean:.3f} ({low:.3f} to {high:.3f})"
+
+
 def _status(record: StepRecord) -> str:
     """Return the most important values of a step, for the progress line."""
     extra = record.extra
     if "reward" not in extra:
         return f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
     seconds = extra["rollout_seconds"]
+    scores = {name.removeprefix("reward/"): extra[name] for name in extra if "reward/" in name}
+    parts = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
     return (
-        f"reward {extra['reward']:.3f}  kl {extra['kl_sampler']:.1e}  "
-        f"length {extra['answer_length']:.0f}  cut {extra['cut_share']:.0%}  "
-        f"groups {extra['groups_with_variance']:.0%}  rollouts {seconds:.1f} s  "
-        f"train {record.step_seconds - seconds:.1f} s"
+        f"reward {extra['reward']:.3f}{f' ({parts})' if len(scores) > 1 else ''}  "
+        f"std {extra['reward_std']:.3f}  "
+        f"groups {extra['groups_with_variance']:.0%}  cut {extra['cut_share']:.0%}  "
+        f"length {extra['answer_length']:.0f}  kl {extra['kl_sampler']:.1e}  "
+        f"rollouts {seconds:.1f} s  train {record.step_seconds - seconds:.1f} s"
     )

@@ -8,7 +8,7 @@ the tracker's run, so that a resumed run continues it.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import flatten, to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, first_line
-from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.metrics.record import StepRecord, read_records, tracker_tag
 from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.run_dir import METRICS
 
@@ -189,12 +189,17 @@ class TrackerSink(Sink):
     def step(self, record: StepRecord) -> None:
         if (record.step, record.loss, record.val_loss) in self._sent:
             return
-        values = record.tagged()
-        step: int | None = record.step
+        self._log(record.tagged(), record.step)
+
+    def start_values(self, values: Mapping[str, float]) -> None:
+        self._log({tracker_tag(name): value for name, value in values.items()}, 0)
+
+    def _log(self, values: dict[str, float], at: int) -> None:
+        step: int | None = at
         # W&B's step must not decrease, but a resumed run repeats the steps after its checkpoint.
         # Therefore send the step as a metric.
         if self.name == "wandb":
-            values["train/step"] = record.step
+            values["train/step"] = at
             step = None
         self._thread.submit(self._call, lambda tracker: tracker.log(values, step=step))
 

@@ -8,8 +8,8 @@ from tunesmith.config.schema import Run
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.metrics.conversations import turns_of
-from tunesmith.metrics.record import read_records
-from tunesmith.metrics.run_figures import run_figures
+from tunesmith.metrics.record import read_records, read_start_values
+from tunesmith.metrics.run_figures import explain_equal_rewards, run_figures
 from tunesmith.run_dir import (
     FINAL,
     HELD_OUT,
@@ -64,7 +64,14 @@ def closing_summary(
     weights = None
     with suppress(ValueError):
         weights = read_manifest(folder / FINAL)
-    rows += [*run_figures(records, seconds, took=took), "", *_answers(folder, weights)]
+    steps_values = [record.extra for record in records]
+    # Without different rewards there is no gradient, so the run must not look like a success.
+    if steps_values and all(values.get("groups_with_variance") == 0 for values in steps_values):
+        explained = explain_equal_rewards(steps_values)
+        rows += [f"warning: the model has learned nothing: {explained}", ""]
+    start = read_start_values(folder / METRICS)
+    rows += run_figures(records, seconds, took=took, start=start)
+    rows += ["", *_answers(folder, weights)]
     rows += [*_written(folder, weights), "", *_next(run, folder)]
     return "\n".join(rows)
 
@@ -104,7 +111,16 @@ def _next(run: Run, folder: Path) -> list[str]:
     tuned = shell_path(folder)
     rows = ["next", f"  tunesmith chat {tuned}"]
     if run.data.validation or run.data.hold_out:
-        rows.append(f"  tunesmith eval {tuned}     # on held-out rows, compared with the base")
+        score = ""
+        if run.samples_answers:
+            scorers = (
+                [run.method.reward] if isinstance(run.method.reward, str) else run.method.reward
+            )
+            words = ("--score", scorers[0], "--max-new-tokens", run.method.answer_tokens)
+            score = "".join(f" {shell_word(str(word))}" for word in words)
+        rows.append(
+            f"  tunesmith eval {tuned}{score}     # on held-out rows, compared with the base"
+        )
     return [
         *rows,
         f"  tunesmith report {tuned}   # curves, compared with other runs",

@@ -14,11 +14,16 @@ from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import Fields
 
 # Record fields that have no chart, because they are counts or positions.
-NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
+NO_CHART = (
+    *("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops"),
+    *("val_reward_low", "val_reward_high"),
+)
 
 
 # Record fields in the order of their charts. Charts of other fields, such as metrics of a single
 # method, follow.
+FIRST_CHARTS = ("reward", "val_reward")
+SCORER_PREFIX = "reward/"  # prefix of the mean score of one scorer
 CHARTS = (
     *("loss", "val_loss"),
     # Fields of preference methods.
@@ -26,7 +31,7 @@ CHARTS = (
     *("rewards_chosen", "val_rewards_chosen", "rewards_rejected", "val_rewards_rejected"),
     *("kl", "val_kl"),
     # Fields of reinforcement learning.
-    *("reward", "val_reward", "kl_sampler", "kl_base", "entropy_sample"),
+    *("reward_std", "kl_sampler", "kl_base", "entropy_sample"),
     *("answer_length", "cut_share", "groups_with_variance", "rollout_seconds"),
     *("tokens_per_second", "mfu", "memory_gib", "host_memory_percent"),
     *("gpu_utilization", "gpu_power_watts", "gpu_temperature_celsius", "gpu_clock_mhz"),
@@ -86,11 +91,17 @@ def curves(runs: Sequence[RunFiles]) -> tuple[list[Fields], list[tuple[str, str]
     names = set[str]()
     for run in runs:
         names.update(run.figures.columns, *run.ranks.values())
-    others = sorted(names.difference(CHARTS, NO_CHART))
+    # For runs with rewards, `val_loss` is only another form of `val_reward`.
+    if all(run.figures.reward_text for run in runs):
+        names.discard("val_loss")
+    scorers = sorted(name for name in names if name.startswith(SCORER_PREFIX))
+    others = sorted(names.difference(FIRST_CHARTS, scorers, CHARTS, NO_CHART))
 
     charts: list[Fields] = []
     constants = []
-    for field in (*CHARTS, *others):
+    for field in (*FIRST_CHARTS, *scorers, *CHARTS, *others):
+        if field not in names:
+            continue
         lines = [line for line in _lines_of(runs, field) if line.x]
         values = {value for line in lines for value in line.y}
         if len(values) == 1:
@@ -130,7 +141,7 @@ def _lines(columns: Columns, field: str, label: str, color: int) -> Iterator[Lin
     drawn = [(label, "smooth", y)]
     if field.startswith("val_"):
         drawn = [(label, "dots", y)]
-    elif field in _SMOOTHED and len(finite(y)) >= SMOOTH_FROM:
+    elif (field in _SMOOTHED or field.startswith(SCORER_PREFIX)) and len(finite(y)) >= SMOOTH_FROM:
         span = max(MIN_SMOOTH_SPAN, int(SMOOTH_FRACTION * len(y)))
         drawn = [(f"{label}, raw", "raw", y), (label, "smooth", smooth(y, span))]
 

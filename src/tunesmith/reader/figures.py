@@ -45,6 +45,7 @@ def _best_accuracy_text(run: RunFiles) -> str | None:
 # Rows of the table. The key is the name of the row. The function returns the value for a run.
 FIGURE_ROWS: dict[str, Callable[[RunFiles], Figure]] = {
     "state": lambda run: run.described_state,
+    "reward": lambda run: run.figures.reward_text or None,
     "lowest val_loss": lambda run: run.best_val_loss_text,
     "val_loss, last": lambda run: next(reversed(run.figures.validations.values()), None),
     "highest accuracy on held-out pairs": _best_accuracy_text,
@@ -68,7 +69,10 @@ def figure_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """
     figures: list[tuple[str, Sequence[Figure]]] = []
     for name, figure in FIGURE_ROWS.items():
-        figures.append((name, [figure(run) for run in runs]))
+        # The losses of a run with rewards say nothing beside the rewards.
+        is_loss = "loss" in name
+        cells = [None if is_loss and run.figures.reward_text else figure(run) for run in runs]
+        figures.append((name, cells))
     figures += eval_figures(runs)
     # Omit a row if no run has a value.
     return [(name, list(map(figure_text, cells))) for name, cells in figures if any(cells)]

@@ -74,12 +74,17 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
     chart_json = pydantic_core.to_json(charts, inf_nan_mode="null").decode()
     samples, system = prompts_of(runs)
     samples += [prompt for run in runs for prompt in rewarded_prompts(run)]
+    verdict = judge(runs)
+    if len(runs) == 1 and runs[0].figures.reward_text:
+        [run] = runs
+        headline = f"{run.label}: {run.described_state}, {run.figures.reward_text}"
+        verdict = verdict._replace(headline=headline)
     return env.get_template("page.html.j2").render(
         mark=PAGE_MARK,
         runs=runs,
         live=live,
         colors=COLORS,
-        verdict=judge(runs),
+        verdict=verdict,
         ends={run: end_fields(run) for run in runs},
         keys=differing_keys(runs),
         figures=figure_rows(runs),
@@ -171,23 +176,34 @@ def prompts_of(runs: Sequence[RunFiles]) -> tuple[list[ShownPrompt], str]:
 
 
 def rewarded_prompts(run: RunFiles) -> list[ShownPrompt]:
-    """Return the prompts of the newest rollout file whose answers differ most in their reward, each
-    with its best and its worst answer.
+    """Return sampled answers of the first, a middle and the last step, to stand side by side.
+
+    The prompts are those whose answers differ most in their reward. From each step, the best and
+    the worst answer are shown first.
     """
     files = rollout_files(run.folder / ROLLOUTS)
-    groups: list[RewardedGroup] = []
-    step = max(files, default=0)
-    if files:
+    by_step: dict[int, list[RewardedGroup]] = {}
+    newest = max(files, default=0)
+    middle = min(files, key=lambda step: abs(2 * step - newest), default=0)
+    for step in sorted({min(files, default=0), middle, newest} & files.keys()):
         with suppress(ValueError):  # the file is damaged
-            groups = sorted(read_groups(files[step]), key=lambda group: -group.spread)
+            by_step[step] = sorted(read_groups(files[step]), key=lambda group: -group.spread)
     prompts = []
-    for group in groups[:REWARDED_PROMPTS]:
-        answers = [
-            ShownAnswer(run.label, step, whole_characters(text), is_final=False, reward=reward)
-            for reward, text in group.answers
-        ]
-        ends, others = [answers[0], answers[-1]], answers[1:-1]
-        prompts.append(ShownPrompt(shown(group.row), turns_of(group.prompt), "", ends, others))
+    for number in range(REWARDED_PROMPTS):
+        answers: list[ShownAnswer] = []
+        others: list[ShownAnswer] = []
+        for step, groups in by_step.items():
+            for group in groups[number : number + 1]:
+                turns = turns_of(group.prompt)
+                question = turns[-1].text if turns else group.prompt
+                found = []
+                for reward, answer in group.answers:
+                    text = f"{question}\n\n{whole_characters(answer)}"
+                    found.append(ShownAnswer(run.label, step, text, is_final=False, reward=reward))
+                answers += [found[0], *found[1:][-1:]]
+                others += found[1:-1]
+        if answers:
+            prompts.append(ShownPrompt("Answers in training", [], "", answers, others))
     return prompts
 
 

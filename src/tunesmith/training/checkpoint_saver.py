@@ -160,6 +160,11 @@ class CheckpointSaver(LoopPart):
                 f"step {progress.best_step} had the best validation, but no checkpoint was saved "
                 f"at this step: final/ holds the weights of step {best_step}"
             )
+            if progress.best_step == 0:
+                text = (
+                    "warning: no validation was better than the one before training; final/ holds "
+                    f"the weights of step {best_step}"
+                )
             self.sinks.text("checkpoint", text)
         if best_step == progress.step:
             return progress.step

@@ -25,7 +25,7 @@ from tunesmith.errors import (
 )
 from tunesmith.host.files import relative_to_cwd, write_atomically
 from tunesmith.host.signals import FREE_MEMORY_FIX, SHORT, LowMemory, how_to_start_again
-from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.metrics.record import StepRecord, read_records, read_start_values
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.run_figures import named_figures
 from tunesmith.planning.run_plan import RunPlan
@@ -137,7 +137,8 @@ class Result(Tabular):
             # `seconds` includes the time before the run was resumed, but `records` does not. With
             # 0, `named_figures` prints the time of the recorded steps.
             seconds = 0.0 if self.first_step else self.seconds
-            rows = list(named_figures(records, seconds).items())
+            start = read_start_values(self.output_dir / METRICS)
+            rows = list(named_figures(records, seconds, start).items())
         if self.first_step:
             steps = count_of(self.first_step, "step")
             rows.insert(1, ("resumed", f"after {steps}; the figures are only for this start"))

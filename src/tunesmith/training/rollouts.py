@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -27,9 +29,10 @@ from tunesmith.inference.answers import decode
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.sampler import Prompt, SampledIds, sample
 from tunesmith.methods.grpo import answer_weights
+from tunesmith.metrics.run_figures import explain_equal_rewards
 from tunesmith.model.slots import answers_at_once
 from tunesmith.parallel.shard import unsharded
-from tunesmith.run_dir import ROLLOUTS, rollout_files
+from tunesmith.run_dir import ROLLOUTS, outdated_rollouts
 from tunesmith.scoring.reward import Reward
 from tunesmith.scoring.rows import make_scored_row
 from tunesmith.scoring.scorers import AnswerScores, RewardedAnswer
@@ -45,8 +48,7 @@ from tunesmith.training.stop_control import StopControl
 log = logging.getLogger(__name__)
 
 # Number of steps without a group of different rewards, after which a warning is logged.
-STEPS_WITHOUT_VARIANCE = 20
-KEPT_FILES = 20  # number of newest steps whose answers are kept in files
+STEPS_WITHOUT_VARIANCE = 3
 
 
 @dataclass
@@ -186,7 +188,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         self.loader = loader
         self.stop = stop
         self.ends = ends
-        self.without_variance = 0
+        self.without_variance: list[dict[str, float]] = []
 
     def __exit__(self, *exc: object) -> None:
         self.loader.close()
@@ -229,10 +231,8 @@ class Rollouts(AbstractContextManager["Rollouts"]):
                 ]
                 path = Path(run.output_dir) / ROLLOUTS / f"step-{step + 1}.safetensors"
                 write_rollouts(path, groups, texts)
-                for number, old in rollout_files(path.parent).items():
-                    # Files of later steps are from before the run was resumed.
-                    if not step + 1 - KEPT_FILES < number <= step + 1:
-                        old.unlink(missing_ok=True)
+                for old in outdated_rollouts(path.parent, step + 1):
+                    old.unlink(missing_ok=True)
         return self._make_batch(step, prompts, groups, time.perf_counter() - began)
 
     def _make_batch(
@@ -245,7 +245,19 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         finished = [each.answer.finished for group in groups for each in group]
         weights = answer_weights(rewards, lengths, run.method)
         has_variance = (rewards != rewards[:, :1]).any(1)
-        self._warn_without_variance(bool(has_variance.any()))
+        values = {
+            "reward": float(rewards.mean()),
+            # As in TRL: the mean of the standard deviations within the groups.
+            "reward_std": float(rewards.std(1, ddof=1).mean()),
+            "answer_length": float(lengths.mean()),
+            "cut_share": 1 - float(np.mean(finished)),
+            "groups_with_variance": float(has_variance.mean()),
+            "rollout_seconds": seconds,
+        }
+        scores = [each.scores for group in groups for each in group]
+        for name in _score_names(scores):
+            values[f"reward/{name}"] = fmean(each[name] for each in scores if name in each)
+        self._warn_without_variance(values)
         # A group of equal rewards has no gradient, unless there is a KL penalty.
         computed = has_variance | (run.method.beta > 0)
         if not computed.any():
@@ -275,23 +287,16 @@ class Rollouts(AbstractContextManager["Rollouts"]):
             mismatched=[],
             source=session.data.train,
             data_seconds=0.0,
-            extra={
-                "reward": float(rewards.mean()),
-                "answer_length": float(lengths.mean()),
-                "cut_share": 1 - float(np.mean(finished)),
-                "groups_with_variance": float(has_variance.mean()),
-                "rollout_seconds": seconds,
-            },
+            extra=values,
         )
 
-    def _warn_without_variance(self, has_variance: bool) -> None:
-        self.without_variance = 0 if has_variance else self.without_variance + 1
-        if self.without_variance == STEPS_WITHOUT_VARIANCE:
-            log.warning(
-                f"in {STEPS_WITHOUT_VARIANCE} steps all answers to each prompt had the same "
-                "reward, so the model learns nothing: use harder or easier prompts, or a reward "
-                "with more than two values"
-            )
+    def _warn_without_variance(self, values: dict[str, float]) -> None:
+        if values["groups_with_variance"]:
+            self.without_variance.clear()
+            return
+        self.without_variance.append(values)
+        if len(self.without_variance) == STEPS_WITHOUT_VARIANCE:
+            log.warning(f"the model learns nothing: {explain_equal_rewards(self.without_variance)}")
 
 
 def write_rollouts(
@@ -303,7 +308,8 @@ def write_rollouts(
         prompts: the text of each group's prompt, and the file and line of its row.
     """
     answers = [each for group in groups for each in group]
-    texts = {"prompts": prompts, "answers": [a.text for a in answers]}
+    names = _score_names([a.scores for a in answers])
+    texts = {"prompts": prompts, "answers": [a.text for a in answers], "scorers": names}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(
@@ -313,9 +319,16 @@ def write_rollouts(
             "lengths": np.array([len(a.answer.ids) for a in answers], np.int32),
             "finished": np.array([a.answer.finished for a in answers]),
             "rewards": np.array([a.reward for a in answers]),
+            # NaN: a scorer has left the answer out.
+            "scores": np.array([[a.scores.get(name, np.nan) for name in names] for a in answers]),
             # The header of the file, which has at most 100 MB, is too small for the texts.
             "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
         },
         partial,
     )
     partial.replace(path)
+
+
+def _score_names(scores: Sequence[AnswerScores]) -> list[str]:
+    """Return the names of all scores, in the order of the recipe's scorers."""
+    return list(dict.fromkeys(chain.from_iterable(scores)))

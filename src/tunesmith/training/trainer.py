@@ -121,7 +121,7 @@ class Trainer(LoopPart):
             # now shown whether it is the best one.
             self.checkpoints.save()
         if self.first_step == 0 and self.session.model.method.samples_answers:
-            self.validation.show_first_reward()
+            self.validation.measure_before_training()
         # Do not sample answers before training if the model is sharded, because it would gather all
         # weights for each token, which is too slow.
         if self.first_step == 0 and not self.answers.is_sharded:

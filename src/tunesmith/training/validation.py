@@ -59,15 +59,31 @@ class Validation(LoopPart):
         progress.worse += 1
         if self._is_best(result):
             progress.worse = 0
-            progress.best_step = progress.step
-            progress.best_loss = result.loss
-            progress.best_accuracy = result.metrics.get(REWARD_ACCURACY)
-            best = {"step": progress.best_step, "val_loss": progress.best_loss}
-            if progress.best_accuracy is not None:
-                best["val_accuracy"] = progress.best_accuracy
-            if self.ranks.is_main_process:
-                write_atomically(self.out / BEST, json.dumps(best, indent=1))
+            self._set_best(result)
         return True
+
+    def measure_before_training(self) -> None:
+        """Measure the reward before the first step. Later validations are compared with it."""
+        if self.session.data.validation is None:
+            return
+        result = self._result()
+        if result is None:
+            return
+        self._set_best(result)
+        rewards = {f"{VALIDATION}{name}": value for name, value in result.metrics.items()}
+        self.sinks.start_values({"val_loss": result.loss, **rewards})
+
+    def _set_best(self, result: ValidationResult) -> None:
+        """Record that the validation of the current step is the best one so far."""
+        progress = self.progress
+        progress.best_step = progress.step
+        progress.best_loss = result.loss
+        progress.best_accuracy = result.metrics.get(REWARD_ACCURACY)
+        best = {"step": progress.best_step, "val_loss": progress.best_loss}
+        if progress.best_accuracy is not None:
+            best["val_accuracy"] = progress.best_accuracy
+        if self.ranks.is_main_process:
+            write_atomically(self.out / BEST, json.dumps(best, indent=1))
 
     def _is_best(self, result: ValidationResult) -> bool:
         """Return whether this validation is better than all earlier ones. If the accuracy is
@@ -127,13 +143,3 @@ class Validation(LoopPart):
             "reward_high": interval.high,
         }
         return ValidationResult(1 - interval.mean, len(groups), metrics)
-
-    def show_first_reward(self) -> None:
-        """Show the reward of the answers to the held-out rows before the first step."""
-        if self.session.data.validation is None:
-            return
-        result = self.reward()
-        if result is not None:
-            mean, low, high = result.metrics.values()
-            text = f"before training, the held-out reward is {mean:.3f} ({low:.3f} to {high:.3f})"
-            self.sinks.text("validation", text)

@@ -234,6 +234,8 @@ def score_table(
         )
     names = ["loss (nats per token)", "perplexity", "token accuracy", "rows", "supervised tokens"]
     rows = list(zip(names, *columns, strict=True))
+    if not any(result.tokens for result in results.values()):
+        rows = [row for row in rows if row[0] == "rows"]  # rows without answers have no loss
     for scorer, intervals in by_scorer.items():
         cells = [
             f"{mean:.1%} ({100 * low:.1f} to {100 * high:.1f})" for mean, low, high in intervals
@@ -397,8 +399,7 @@ def evaluate(
             name = source.source
             like = find_source(rows, location.sources, format_name, columns)
             parts = [(replace(source, format=like.format, columns=like.columns), rows)]
-        if scorers and all(source.format == "text" for source, _ in parts):
-            raise no_scored_rows(name, "rows of the format text were read")
+        has_answers = _have_answers(parts, name, scorers)
         for _, rows in parts:
             location = add_vision_if_needed(location, sample_rows(rows)[0].values())
         loaded = load_run(location, device=device)
@@ -424,6 +425,8 @@ def evaluate(
         if scoring is not None:
             scoring.answer(loaded, model, progress)
         root = loaded.train_model
+        if not has_answers:
+            return EvalResult(len(tokens), 0, math.nan, math.nan, math.nan)
         with root.attention_for("training"):
             return score(root, tokens, pad_id=loaded.pad_id, progress=progress, ranks=ranks)
 
@@ -456,6 +459,20 @@ def evaluate(
             unfinished=scoring.unfinished(),
             reference_hash=scoring.reference_hash,
         )
+
+
+def _have_answers(parts: SourceRows, name: str, scorers: Sequence[str]) -> bool:
+    """Return whether the rows have answers. Raise UsageError if nothing could be measured."""
+    formats = {source.format for source, _ in parts}
+    if scorers and formats == {"text"}:
+        raise no_scored_rows(name, "rows of the format text were read")
+    if not scorers and formats == {"prompt"}:
+        raise UsageError(
+            "the rows have no answers, so there is no loss to compute",
+            where=name,
+            fix="score the model's answers with your own scorer: --score my_scorer.py:function",
+        )
+    return formats != {"prompt"}
 
 
 def _evaluation(

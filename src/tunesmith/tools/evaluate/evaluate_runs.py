@@ -220,6 +220,8 @@ def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowCompariso
     }
     if any(result.pairs for result in results.values()):
         return  # for pairs of answers, `_compare_scores` compares which answer is more likely
+    if not all(result.tokens for result in results.values()):
+        return  # rows without answers have no loss
     best = min(results, key=lambda name: results[name].loss)
     for other, result in results.items():
         if other != best:

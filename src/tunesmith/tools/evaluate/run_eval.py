@@ -87,7 +87,9 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         "cut": result.cut,
     }
     for name, score in result.scores.items():
-        names = ("rows", "tokens", "loss", "perplexity", "token_accuracy")
+        names = ["rows"]
+        if score.tokens:
+            names += ["tokens", "loss", "perplexity", "token_accuracy"]
         report[name] = {each: finite_or_none(getattr(score, each)) for each in names}
     if result.answers is not None:
         report["answers"] = str(result.answers)
