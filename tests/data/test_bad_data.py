@@ -66,7 +66,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", f"{GOOD}\n{GOOD}{GOOD}\n", {}, "one JSON object per line", "a.jsonl:2", "jq -c "),
     ("a.jsonl", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.jsonl:1", "sed -n 1p"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete the row"),
-    ("a.csv", "text,text\n1,2\n", {}, "without a name or with the same name: text", "a.csv:1", "a unique name"),
+    ("a.csv", "text,text\n1,2\n", {}, "with the same name: text", "a.csv:1", "a unique name"),
     ("a.csv", 'text\n"open\n', {}, "not valid CSV", "a.csv:2", "close the quote"),
     ("a.csv", 'text,n\n"a "b" c",1\n', {}, "not valid CSV", "a.csv:2", '"a ""quoted"" word"'),
     ("a.csv", "text,n\na,1\nb\n", {}, "1 value, but the header has 2", "a.csv:3", "add the missing values"),

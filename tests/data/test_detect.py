@@ -261,6 +261,12 @@ def test_odd_rows_outside_of_the_sample_are_listed() -> None:
     assert listed[:-1] == [place(n) for n in (1, 4, 502, 1001)]
 
 
+def test_names_that_differ_from_row_to_row_are_no_columns() -> None:
+    rows = [{**PAIR, **dict.fromkeys(map(str, range(100 * i, 100 * i + 100)))} for i in range(101)]
+    with refuses(DataError, names=["10,102"]):
+        found(*rows)
+
+
 # --- labels as people write them
 
 
@@ -368,7 +374,7 @@ CASES = yaml.safe_load(Path(__file__).with_name("column_cases.yaml").read_text(e
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
 def test_columns_are_read_or_the_fix_says_how(case: Row, write: Any) -> None:
-    path = Path(write(case["file"], case["text"]))
+    path = Path(write(case["file"], case["text"].encode(case.get("encoding", "utf-8"))))
     form = case.get("format")
     source = Source(source=str(path), columns=case.get("columns", {}), format=form or "messages")
     read = {}

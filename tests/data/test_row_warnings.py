@@ -60,9 +60,16 @@ def test_a_prompt_that_answers_repeat_is_told(tiny: Path, tmp_path: Path) -> Non
 def test_placeholders_are_told(tiny: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
     rows[12]["prompt"] = "Dear {{ customer.name }}, who?"
+    rows[14]["completion"] = "NaN"
+    rows[16]["photo"] = "a.png"
+    (tmp_path / "a.png").touch()
     for _ in range(2):  # the second time from the cache
         data = prepared(tiny, tmp_path, rows)
         assert holds(warned(data, "{{name}}"), "1 of 60", f"{tmp_path}/rows.jsonl:13")
+        assert holds(warned(data, "N/A"), "1 of 60", f"{tmp_path}/rows.jsonl:15")
+        assert holds(
+            warned(data, "images"), 'columns: {images: "photo"}', f"{tmp_path}/rows.jsonl:17"
+        )
 
 
 def test_empty_answers_are_never_held_out(tiny: Path, tmp_path: Path) -> None:

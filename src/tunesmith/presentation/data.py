@@ -492,9 +492,12 @@ def _flaws(data: TrainingData) -> Iterator[str]:
         # texts is then intended.
         is_meant = name == "joined" and data.run.data.template != "auto"
         if not is_meant:
-            warning = ROW_WARNINGS[name]
+            # The warning about pictures is followed by the name of their column.
+            kind, _, column = name.partition(" ")
+            warning = ROW_WARNINGS[kind]
             rows = f"{count:,} of {count_of(_all_rows(data), 'row')} with {warning.what}"
-            yield f"{rows}, first {where}: {warning.why}; fix: {warning.fix}"
+            fix = warning.fix.replace("COLUMN", json.dumps(column))
+            yield f"{rows}, first {where}: {warning.why}; fix: {fix}"
 
 
 def _repeats(data: TrainingData) -> Iterator[str]:

@@ -85,6 +85,8 @@ _WORDS = re.compile(
 _NO_WORDS = re.compile(
     r"\s*[\[{]|(?:\w*:|~|\.+)?[/\\]|[^.\n]*\.\w{2,5}$|(?:[A-ZÀ-ÞА-Я][\w'’.-]*\s?){2,4}$"
 )
+# Words of pandas, Python, SQL and Excel for a missing value.
+_NULL_WORDS = ("nan", "none", "null", "n/a", "#n/a", "<na>", "nat")
 # Number of characters in which `holds_text` searches for words.
 _MAX_WORDS_CHARS = 500
 
@@ -115,6 +117,16 @@ def plain(name: object) -> str:
 def is_absent(value: object) -> bool:
     """Return whether a value is null, an empty text, an empty list or an empty object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def is_answer_name(column: str) -> bool:
+    """Return whether a column has a usual name of answers."""
+    return plain(column) in _ANSWERS
+
+
+def is_null_word(value: object) -> bool:
+    """Return whether a value is a word that programs write for a missing value."""
+    return isinstance(value, str) and value.strip().lower() in _NULL_WORDS
 
 
 def role_of(speaker: object) -> str:

@@ -34,6 +34,8 @@ from tunesmith.units import count_of
 
 # Maximum number of rows that are examined. They are spread evenly over the file.
 SAMPLE = 200
+# Maximum number of different columns in the examined rows.
+MAX_COLUMNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,14 @@ class _SampledRows:
         self.rows = rows
         self.source = source
         self.sample = sample
+        names = set[str]().union(*sample.values())
+        if len(names) > MAX_COLUMNS:
+            raise DataError(
+                f"{count_of(len(sample), 'row')} have {len(names):,} different columns",
+                where=relative_to_cwd(rows.name),
+                why=f"at most {MAX_COLUMNS:,} are compared with the formats",
+                fix="write values whose names differ from row to row as an object in one column",
+            )
         self.columns = RowColumns(sample.values(), rows.where(min(sample)))
 
     def error(self, what: str, fix: str, why: str = "") -> DataError:

@@ -49,6 +49,7 @@ from tunesmith.data.rows.samples import (
     with_system,
 )
 from tunesmith.data.source.folders import SPLIT_NAMES
+from tunesmith.data.source.table import json_type
 from tunesmith.errors import DataError
 
 # Names of columns whose value is the split of the row, such as "train".
@@ -290,6 +291,13 @@ def _messages_of(row: RowReader, value: object, column: str, role: str) -> list[
         role: the role of a message that is made from a text.
     """
     if isinstance(value, list | Mapping):
+        if not role_key_of(value) and not role_key_of([value]):
+            own = row.source.columns.get(column, column)
+            as_text = row.change_by_jq(f".[{json.dumps(own)}] |= tojson")
+            raise row.error(
+                f"{own} is {json_type(value)}, not a text or messages",
+                fix=f"write a text; for its JSON text: {as_text}",
+            )
         return any_messages(row, value, column)
     return [{"role": role, "content": row.text(value, column)}]
 

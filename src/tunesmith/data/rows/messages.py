@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunesmith.config.row_formats import CHAT_ROLES
-from tunesmith.data.rows.columns import from_lists, is_absent, plain
+from tunesmith.config.row_formats import CHAT_ROLES, ROW_FORMATS
+from tunesmith.data.rows.columns import from_lists, is_absent, is_answer_name, is_null_word, plain
 from tunesmith.data.rows.labels import bad_labels
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
 from tunesmith.data.rows.row_masks import is_mask_column, is_trained_turn
@@ -331,7 +331,10 @@ def _read_others(
         if is_absent(value):
             continue
         if name in THOUGHTS:
-            thoughts[key] = row.text(value, f"{at} {key}")
+            thought = row.text(value, f"{at} {key}")
+            # SWE-agent also writes the thought at the start of the content.
+            if not parts.text.startswith(thought):
+                thoughts[key] = thought
         elif key in ("tool_calls", "function_call"):
             if parts.calls:
                 raise row.error(
@@ -530,8 +533,7 @@ def read_tools(row: RowReader) -> list[ToolSchema] | None:
     Arrow adds such keys: it gives each object in a column the keys of all other objects.
     """
     value = row.optional("tools")
-    # An empty value in a CSV file can be text such as "None".
-    if value is None or (isinstance(value, str) and value.strip() in ("", "null", "None")):
+    if is_absent(value) or is_null_word(value):
         return None
     tools: list[ToolSchema] = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
@@ -603,7 +605,7 @@ def check_order(row: RowReader, messages: list[Message]) -> None:
         raise row.error(
             "there is no assistant turn to train on",
             why=f"the roles are {', '.join(roles)}",
-            fix="delete the row, or map the answer's column by `columns:`",
+            fix=_use_answer(row),
         )
     if roles[-1] != "assistant":
         raise row.error(
@@ -611,6 +613,19 @@ def check_order(row: RowReader, messages: list[Message]) -> None:
             why=f"the last message has the role {roles[-1]}",
             fix="delete the row, or its last messages",
         )
+
+
+def _use_answer(row: RowReader) -> str:
+    """Return the fix for messages without an answer: the column that has the answer."""
+    key = ROW_FORMATS[row.source.format].key
+    prompt = row.source.columns.get(key, key)
+    if "choices" in row.row:
+        return row.change_by_jq(f".[{json.dumps(prompt)}] += [.choices[0].message]")
+    answer = next(filter(is_answer_name, row.row), "")
+    setting = row.setting(
+        format="prompt-completion", columns={"prompt": prompt, "completion": answer or "..."}
+    )
+    return f"use {setting}" if answer else f"delete the row, or name the answer with {setting}"
 
 
 def check_answers(row: RowReader, sample: Sample) -> None:

@@ -19,11 +19,13 @@ from tunesmith.data.rows.columns import (
     RowColumns,
     from_lists,
     is_absent,
+    is_null_word,
     propose_fix,
 )
 from tunesmith.data.rows.samples import Picture
 from tunesmith.data.source.table import MAX_ROW_BYTES, Place, json_type
 from tunesmith.errors import DataError
+from tunesmith.host.shell import shell_path, shell_word
 
 # Start of a list or dict as `repr` prints it. pandas writes such text into CSV files.
 _PYTHON_REPR = re.compile(r"\s*+(?:\[?array\()?\s*+[\[{][\s\[{]*+'")
@@ -108,6 +110,9 @@ class RowReader:
             names = [column for column in usual_names if column not in mapped.values()]
         self.read.update(names)
         values = {column: self.row[column] for column in names if column in self.row}
+        if ".csv:" in self.where.lower():
+            # A cell without a value can be written as a word such as nan.
+            values = {own: value for own, value in values.items() if not is_null_word(value)}
         if not values:
             return None
         filled = {column: value for column, value in values.items() if not is_absent(value)}
@@ -161,6 +166,11 @@ class RowReader:
             for column, value in self.row.items()
             if column not in self.read and not is_absent(value)
         }
+
+    def change_by_jq(self, change: str) -> str:
+        """Return the command that changes all rows of the source's JSON file."""
+        rows = f'if type == "array" then .[] else . end | {change}'
+        return f"jq -c {shell_word(rows)} {shell_path(self.source.source)} > new-rows.jsonl"
 
     def propose_columns(self, otherwise: str) -> str:
         """Return a fix that names the row's columns, see `propose_fix`."""

@@ -19,6 +19,7 @@ from tunesmith.data.source.table import (
     changed_error,
     decode_text,
     file_digest,
+    new_name,
     read_span,
     repeated_in,
     skip_bom,
@@ -26,6 +27,7 @@ from tunesmith.data.source.table import (
 )
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
+from tunesmith.host.shell import shell_path
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -51,14 +53,32 @@ def read_csv(path: Path) -> Table:
             " as written by pandas",
             path.name,
         )
-    header = index.header[index.has_row_numbers :]
-    repeated = repeated_in(header)
-    if repeated or "" in header:
+    header = index.header
+    if index.is_title:
         raise DataError(
-            f"the header has columns without a name or with the same name: {', '.join(repeated)}",
+            "line 1 is not the header",
+            where=f"{path}:1",
+            why=f"{index.separator.join(header):.60} does not name the columns of the rows below",
+            fix=f"tail -n +2 {shell_path(path)} > {new_name(path, 'fixed.csv')}   # or, if it is"
+            f" the header, put values with {SEPARATORS[index.separator]} in quotes",
+        )
+    repeated = repeated_in(list(filter(None, header)))
+    if repeated:
+        raise DataError(
+            f"the header has columns with the same name: {', '.join(repeated)}",
             where=f"{path}:1",
             fix="give each column a unique name in the first line, or write a header above it",
         )
+    # A column without a name and without values is left out. Excel writes such columns.
+    for column, line in index.unnamed.items():
+        if column or not index.has_row_numbers:
+            raise DataError(
+                f"column {column + 1} has values, but the header has no name for it",
+                where=f"{path}:{line}",
+                fix="name the column in line 1, or put values with"
+                f" {SEPARATORS[index.separator]} in quotes",
+            )
+    width = max((i for i, name in enumerate(header, 1) if name), default=0)
     separator = index.separator
     version = version_of(path)
 
@@ -71,17 +91,16 @@ def read_csv(path: Path) -> Table:
             values = next(reader)
         except (csv.Error, StopIteration):
             raise changed_error(path) from None
-        if len(values) != len(index.header):
+        if not width <= len(values) <= len(header):
             if version_of(path) != version:
                 raise changed_error(path)
             raise DataError(
-                f"a row has {count_of(len(values), 'value')}, but the header has"
-                f" {len(index.header)}",
+                f"a row has {count_of(len(values), 'value')}, but the header has {width}",
                 where=f"{path}:{index.lines[i]}",
-                why=f"the header is {', '.join(index.header)}",
+                why=f"the header is {', '.join(header)}",
                 fix=f"add the missing values, or put values with {SEPARATORS[separator]} in quotes",
             )
-        return dict(zip(header, values[index.has_row_numbers :], strict=True))
+        return {name: value for name, value in zip(header, values, strict=False) if name}
 
     return Table(
         len(index.lines),
@@ -114,6 +133,8 @@ class _CsvIndex(NamedTuple):
         lines: line number at which each row starts.
         has_row_numbers: whether the first column has no name and contains only integers, because
             pandas' `to_csv` wrote the index of the frame into it.
+        unnamed: number of each column that has values but no name -> line of its first value.
+        is_title: whether the first line is a comment, a title or `sep=;`, and not the header.
     """
 
     header: list[str]
@@ -121,6 +142,8 @@ class _CsvIndex(NamedTuple):
     places: "array[int]"
     lines: "array[int]"
     has_row_numbers: bool
+    unnamed: dict[int, int]
+    is_title: bool
 
 
 def _index_rows(path: Path) -> _CsvIndex:
@@ -151,6 +174,9 @@ def _index_lines(path: Path, file: BufferedReader, separator: str) -> _CsvIndex:
     places = array("q")
     line_numbers = array("q")
     is_numbered = True
+    unnamed: dict[int, int] = {}
+    nameless: list[int] = []
+    sizes = set()
     # A row can have several lines, because a quoted value can contain line breaks.
     last_line = 0
     end = position
@@ -164,15 +190,27 @@ def _index_lines(path: Path, file: BufferedReader, separator: str) -> _CsvIndex:
                 continue
             if not header:
                 header = values
+                nameless = [column for column, name in enumerate(header) if not name]
                 is_numbered = len(header) > 1 and header[0] == ""
                 continue
             places.append(start)
             line_numbers.append(first_line)
+            sizes.add(len(values))
+            for column in nameless:
+                if "".join(values[column : column + 1]):
+                    unnamed.setdefault(column, first_line)
             # Ignore a row with a wrong number of values, because reading the row later raises an
             # error.
             if len(values) == len(header):
                 is_numbered = is_numbered and values[0].isdecimal()
     except csv.Error as error:
+        if "new-line" in str(error):
+            raise DataError(
+                "a line ends with CR, not with LF",
+                where=f"{path}:{last_line + 1}",
+                fix=f"tr '\\r' '\\n' < {shell_path(path)} > {new_name(path, 'fixed.csv')}"
+                "   # or put the value with the line break in quotes",
+            ) from None
         raise DataError(
             "the file is not valid CSV",
             where=f"{path}:{last_line + 1}",
@@ -181,7 +219,22 @@ def _index_lines(path: Path, file: BufferedReader, separator: str) -> _CsvIndex:
             'must be doubled: "a ""quoted"" word"',
         ) from None
     places.append(position)
-    return _CsvIndex(header, separator, places, line_numbers, is_numbered and len(line_numbers) > 0)
+    is_numbered = is_numbered and len(line_numbers) > 0
+    is_title = _is_title("".join(header[:1]), len(header), sizes)
+    return _CsvIndex(header, separator, places, line_numbers, is_numbered, unnamed, is_title)
+
+
+def _is_title(first: str, size: int, sizes: set[int]) -> bool:
+    """Return whether the first line is a title, a comment or `sep=;`, and not the header.
+
+    Args:
+        first: the first value of the line.
+        size: number of values of the line.
+        sizes: numbers of values of the rows.
+    """
+    if first.startswith("#"):
+        return size == 1 or size not in sizes
+    return first.lower().startswith("sep=") or (size == 1 and bool(sizes) and 1 not in sizes)
 
 
 def _separator(text: str) -> str:

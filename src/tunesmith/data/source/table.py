@@ -17,6 +17,7 @@ import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
@@ -319,8 +320,35 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
     except UnicodeDecodeError as error:
         at = error.start
         raise _not_utf8_error(
-            path, where(at), f"byte 0x{data[at]:02x} at position {at + 1}: {error.reason}", "cp1252"
+            path,
+            where(at),
+            f"byte 0x{data[at]:02x} at position {at + 1}: {error.reason}",
+            _guess_encoding(data[:HEAD_BYTES]),
         ) from None
+
+
+# Encoding -> the letters that most texts in this encoding consist of. Korean text is also valid
+# GB 18030, so it comes first.
+_LETTERS = {
+    "cp932": "[ぁ-ヿ一-鿿]",
+    "euc-kr": "[가-힣]",
+    "gb18030": "[一-鿿]",
+    "koi8-r": "[а-я]",
+    "cp1251": "[а-я]",
+}
+
+
+def _guess_encoding(data: bytes) -> str:
+    """Return the encoding of a text that is not UTF-8, by its letters."""
+    shares = {"cp1252": 0.5}
+    # Only single letters of a text in a Western language are not ASCII.
+    for encoding, letters in _LETTERS.items() if re.search(b"[\x80-\xff]{3}", data) else ():
+        with suppress(UnicodeDecodeError):
+            # An incremental decoder ignores an incomplete letter at the end.
+            text = codecs.getincrementaldecoder(encoding)().decode(data)
+            found = re.findall(r"[^\W\x00-\x7f]", text)
+            shares[encoding] = len(re.findall(letters, text)) / max(1, len(found))
+    return max(shares, key=shares.__getitem__)
 
 
 def _not_utf8_error(path: Path, where: str, why: str, encoding: str) -> DataError:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tunesmith.data.rows.call_checks import find_call_problems
+from tunesmith.data.rows.columns import is_null_word
 from tunesmith.data.rows.samples import Completion, Conversation, Sample, texts_by_role
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
@@ -23,6 +24,11 @@ class RowWarning(NamedTuple):
 
 # Warnings. The key is the name that the token cache and `tunesmith data --json` use.
 ROW_WARNINGS = {
+    "null_word": RowWarning(
+        what="a text that is only a word for a missing value, such as nan, None or N/A",
+        why="the model learns the word as a question or an answer",
+        fix="write the text, or delete these rows; or ignore this warning if the word is meant",
+    ),
     "placeholder": RowWarning(
         what="a placeholder such as {{name}}",
         why="the model learns to write it literally",
@@ -187,6 +193,8 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         yield "secret"
     if any(_OPENS_ANSWER.search(text[-_MAX_HEADER_CHARACTERS:]) for text in questions):
         yield "written_turns"
+    if any(map(is_null_word, texts)):
+        yield "null_word"
     if any(map(_is_endless, answers)):
         yield "endless_thought"
     if any("{{" in text and _BRACED_NAME.search(text) for text in texts):

@@ -188,9 +188,11 @@ class RowEncoder:
             what = f"the row has {warning.what}: {found:.200}"
             fix = warning.fix.replace("COLUMN", found)
             return DataError(what, where=place, why=warning.why, fix=fix)
-        if "picture_column" in lost:
-            unread.add(lost["picture_column"])
-        return _ReadRow(row, place, tuple(sorted(unread)), tuple(lost))
+        warnings = list(lost)
+        if column := lost.get("picture_column"):
+            unread.add(column)
+            warnings[warnings.index("picture_column")] += f" {column}"
+        return _ReadRow(row, place, tuple(sorted(unread)), tuple(warnings))
 
     def _check_prompt(self, sample: Sample, example: Example) -> Prompt:
         """Compare the prompt, rendered separately, with the start of the example."""
