@@ -70,13 +70,17 @@ _NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
     name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
 }
 # Usual names of questions and of answers. An error never proposes one as the other, or as text.
-_QUESTIONS = (*ROW_FORMATS["alpaca"].names("instruction"), *ROW_FORMATS["alpaca"].names("input"))
+_QUESTIONS = (
+    *ROW_FORMATS["alpaca"].names("instruction"),
+    *ROW_FORMATS["alpaca"].names("input"),
+    *("passage", "document", "article", "paragraph", "background", "evidence", "source_text"),
+)
 _ANSWERS = ("chosen", "rejected", *ROW_FORMATS["alpaca"].names("output"))
 # Names of the column that says who speaks, if each row is one message. Columns with the names in
 # the last group can also be metadata.
 SPEAKER = re.compile(r"(\w+_)?(?:role|speaker|sender|from|who|participant|(author|type))(_\w+)?")
 # Names of the column with the text, if each row is one message.
-MESSAGE_TEXT = re.compile(r"content|value|(message_|msg_)?(text|body)|message|msg|utterance")
+MESSAGE_TEXT = re.compile(r"(\w+_)?(content|text|body)|value|message|msg|utterance|comment")
 # Two words, or a text in a script that has no spaces between words.
 _WORDS = re.compile(
     r"[^\W\d_]{2,}[\W\d_]*\s[\W\d_]*[^\W\d_]{2,}|[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]{6,}"

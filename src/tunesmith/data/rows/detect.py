@@ -35,7 +35,7 @@ from tunesmith.units import count_of
 # Maximum number of rows that are examined. They are spread evenly over the file.
 SAMPLE = 200
 # Maximum number of different columns in the examined rows.
-MAX_COLUMNS = 10_000
+MAX_COLUMN_NAMES = 10_000
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,11 @@ class _SampledRows:
         self.source = source
         self.sample = sample
         names = set[str]().union(*sample.values())
-        if len(names) > MAX_COLUMNS:
+        if len(names) > MAX_COLUMN_NAMES:
             raise DataError(
                 f"{count_of(len(sample), 'row')} have {len(names):,} different columns",
                 where=relative_to_cwd(rows.name),
-                why=f"at most {MAX_COLUMNS:,} are compared with the formats",
+                why=f"at most {MAX_COLUMN_NAMES:,} are compared with the formats",
                 fix="write values whose names differ from row to row as an object in one column",
             )
         self.columns = RowColumns(sample.values(), rows.where(min(sample)))

@@ -65,8 +65,10 @@ def group_messages(table: Table) -> Table:
         turns = []
         for values in map(rows.__getitem__, rows_of(i)):
             turn = {"role": values[speaker], "content": values.get(content)}
-            others = values.keys() - {speaker, content, conversation}
-            turns.append(turn | {column: values[column] for column in sorted(others)})
+            for column, value in values.items():
+                if column not in (speaker, content, conversation):
+                    turn[column] = value
+            turns.append(turn)
         return {"messages": turns}
 
     by = f"grouped by {conversation}" if conversation else "one conversation"
@@ -88,6 +90,7 @@ def _find_groups(rows: Rows, columns: Iterable[str], conversation: str) -> tuple
         columns: the columns of the first row.
         conversation: the column that names the conversation, or "" if all rows are one.
     """
+    # Column that can say who speaks -> the roles in it.
     roles = {column: set[str]() for column in columns if SPEAKER.fullmatch(plain(column))}
     parent = _find_column(columns, _PARENT)
     replies = set()
@@ -101,18 +104,16 @@ def _find_groups(rows: Rows, columns: Iterable[str], conversation: str) -> tuple
         except DataError as error:
             fault = fault or error
             continue
-        for column in [*roles]:
-            roles[column].add(role_of(row.get(column)))
-            if "" in roles[column]:
-                del roles[column]
+        said = {column: role_of(row.get(column)) for column in roles}
+        roles = {column: roles[column] | {role} for column, role in said.items() if role}
         if not roles:
             break
         key = hash(str(row.get(conversation)))
-        reply = (key, hash(str(row.get(parent))))
+        reply = hash((key, str(row.get(parent))))
         what = ""
         if conversation and is_absent(row.get(conversation)):
             what = f"the message has no {conversation}"
-        elif reply in replies and not is_absent(row.get(parent)):
+        elif reply in replies:
             what = f"an earlier message has the same {parent}"
         if what:
             fault = fault or DataError(
@@ -123,7 +124,8 @@ def _find_groups(rows: Rows, columns: Iterable[str], conversation: str) -> tuple
                 ' "..."}, ...]}',
             )
         groups.append(numbers.setdefault(key, len(numbers)))
-        replies.add(reply)
+        if not is_absent(row.get(parent)):
+            replies.add(reply)
     speakers = [column for column, said in roles.items() if {"user", "assistant"} <= said]
     if speakers and fault:
         raise fault

@@ -329,7 +329,7 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
 
 # Encoding -> the letters that most texts in this encoding consist of. Korean text is also valid
 # GB 18030, so it comes first.
-_LETTERS = {
+_ENCODING_LETTERS = {
     "cp932": "[ぁ-ヿ一-鿿]",
     "euc-kr": "[가-힣]",
     "gb18030": "[一-鿿]",
@@ -342,7 +342,9 @@ def _guess_encoding(data: bytes) -> str:
     """Return the encoding of a text that is not UTF-8, by its letters."""
     shares = {"cp1252": 0.5}
     # Only single letters of a text in a Western language are not ASCII.
-    for encoding, letters in _LETTERS.items() if re.search(b"[\x80-\xff]{3}", data) else ():
+    for encoding, letters in (
+        _ENCODING_LETTERS.items() if re.search(b"[\x80-\xff]{3}", data) else ()
+    ):
         with suppress(UnicodeDecodeError):
             # An incremental decoder ignores an incomplete letter at the end.
             text = codecs.getincrementaldecoder(encoding)().decode(data)
