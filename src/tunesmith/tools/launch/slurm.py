@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.packages import installed_versions
 from tunesmith.host.shell import shell_command
-from tunesmith.launch.job import FOLDER, save_job, state_folder
+from tunesmith.launch.job import FOLDER, POLL, save_job, state_folder
 from tunesmith.launch.jobs import safe_value, write_recipe
 from tunesmith.launch.slurm_job import SlurmJob, run_slurm
 from tunesmith.model.measured_spec import model_spec
@@ -34,6 +35,7 @@ SCRIPT_NAME = "slurm.sh"
 LOG_NAME = "slurm"
 # Slurm's reason of a pending job that asks for more nodes than the partition has.
 NEVER_STARTS = "PartitionNodeLimit"
+REASON_SECONDS = 5.0
 # Minimum number of seconds between the signal that makes the run save and the job's time limit. It
 # is reduced if the time limit is short.
 MIN_WARNING_SECONDS = 300
@@ -453,7 +455,10 @@ def submit(run: Run, request: JobRequest) -> SlurmJob:
     log = Path(run.output_dir, FOLDER, f"{LOG_NAME}-{id_}.log")
     job = SlurmJob(f"slurm-{id_}", run.output_dir, log=str(log), details={"id": id_})
     save_job(job)
-    state = job.state()
+    # The scheduler finds the reason of a pending job some seconds later.
+    deadline = time.monotonic() + REASON_SECONDS
+    while "PENDING: None" in (state := job.state()).text and time.monotonic() < deadline:
+        time.sleep(POLL)
     if NEVER_STARTS in state.text:
         job.stop()
         raise MachineError(
