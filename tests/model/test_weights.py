@@ -162,6 +162,7 @@ BAD: list[tuple[Damage, str]] = [
     (written("config.json", "[]"), "JSON"),
     (written(INDEX, '{"weight_map": {"a": "model-1.safetensors"}}'), "model-1.safetensors"),
     (written(INDEX, '{"weight_map": {"a": "../a.safetensors"}}'), "'../a.safetensors'"),
+    (written(INDEX, '{"weight_map": {"a": "."}}'), "'.'"),
     (lambda f: (f / "tokenizer.json").unlink(), "model.tokenizer"),
 ]
 

@@ -208,7 +208,8 @@ def indexed_files(index: Path) -> list[str]:
         raise ModelError(what, where=index, fix="fetch the model again: tunesmith fetch MODEL")
     files = sorted({str(name) for name in weight_map.values()})
     for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts or not name.isprintable():
+        parts = Path(name).parts  # () for the folder itself
+        if not parts or Path(name).is_absolute() or ".." in parts or not name.isprintable():
             raise ModelError(
                 f"the index names {name!r}, which is not in its folder",
                 where=f"{index}: weight_map",
