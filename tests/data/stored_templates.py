@@ -10,6 +10,8 @@ import importlib.util
 import itertools
 import json
 import re
+import sys
+import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -46,15 +48,41 @@ _ENDS = (
 _LATER_ENDS = ("<|end|>",), ("<|observation|>", "<|user|>")
 
 
+# The source of llama-cpp-python has templates of llama.cpp, with other spellings of tokens and ends.
+LLAMA_CPP = Path(sys.prefix) / "llama_cpp_python-0.3.36.tar.gz"
+_SPECIAL_OF_LLAMA_CPP = re.compile(
+    _SPECIAL.pattern
+    + r"|\]~!b\[|\]~b\]|\[e~\[|</?think>|<\|[^|<>\s]{1,40}\|>|<｜[^｜<]{1,40}｜>|</assistant>|<seed:eos>"
+    r"|<SPECIAL_12>|<sep>"
+)
+_ENDS_OF_LLAMA_CPP = (
+    *("[e~[", "<|end_of_text|>", "<|assistant_end|>", "<|end_of_msg|>", "<|endoftext|>"),
+    *("</assistant>", "<seed:eos>", "<SPECIAL_12>", "<sep>", "<｜hy_eos:opensource｜>"),
+)
+
+
 @cache
 def template_names() -> list[str]:
     """`package/name` of each template of the packages that are installed."""
+    return [name for name in _templates() if not name.startswith("llama.cpp/")]
+
+
+def all_template_names() -> list[str]:
+    """Those of llama.cpp, too, if its source is here."""
     return list(_templates())
 
 
 @cache
 def _templates() -> dict[str, str]:
     templates = {}
+    if LLAMA_CPP.is_file():
+        with tarfile.open(LLAMA_CPP) as archive:
+            for member in archive:
+                if "/models/templates/" in member.name and member.name.endswith(".jinja"):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    text = content.read().decode()
+                    templates[f"llama.cpp/{Path(member.name).stem}"] = text
     for package, folder in _FOLDERS.items():
         # A search alone: the packages themselves are not imported.
         spec = importlib.util.find_spec(package)
@@ -68,6 +96,10 @@ def _templates() -> dict[str, str]:
 
 def special_words(name: str) -> list[str]:
     """The texts of a template's own special tokens."""
+    if name.startswith("llama.cpp/"):
+        # Hy3 makes the names of its tokens from a format.
+        text = _templates()[name].replace("{}｜>'.format(HYTK)", ":opensource｜>'")
+        return sorted(set(_SPECIAL_OF_LLAMA_CPP.findall(text)))
     return sorted(set(_SPECIAL.findall(_templates()[name])))
 
 
@@ -82,7 +114,7 @@ def tokenizer_of(name: str) -> Any:
 def _end_ids(name: str) -> set[int]:
     tokenizer = tokenizer_of(name)
     special = special_words(name)
-    for words in (_ENDS, *_LATER_ENDS):
+    for words in ((*_ENDS, *_ENDS_OF_LLAMA_CPP), *_LATER_ENDS):
         ids = {tokenizer.convert_tokens_to_ids(word) for word in words if word in special}
         if ids:
             return ids
@@ -90,10 +122,11 @@ def _end_ids(name: str) -> set[int]:
 
 
 @cache
-def encoder_of(name: str, train_on: TrainOn = "response") -> RowEncoder:
+def encoder_of(name: str, train_on: TrainOn = "response", **arguments: Any) -> RowEncoder:
     """What makes examples of rows of the format messages, by one stored template."""
     source = Source(source="rows.jsonl", format="messages")
-    template = select_template(Data(train=(source,)), tokenizer_of(name), _end_ids(name))
+    data = Data(train=(source,), template_args=arguments)
+    template = select_template(data, tokenizer_of(name), _end_ids(name))
     return RowEncoder(template, source, None, train_on)
 
 

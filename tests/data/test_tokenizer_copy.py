@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -11,9 +13,11 @@ from typing import Any
 
 import pytest
 from chat_tokenizers import train
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from invoke import invoke
 from rows import alpaca
+from time_limit import time_limit
 from tunesmith.config.schema import Model
 from tunesmith.data.text.template import tokenizer_hash
 from tunesmith.model.architectures import ARCHITECTURES
@@ -86,6 +90,56 @@ def test_changed_files_and_a_damaged_copy_have_another_copy(tmp_path: Path) -> N
     assert find_copy(folder) != copy
     for _ in range(2):
         assert load_tokenizer(folder, MODEL).chat_template == "{{ messages[0] }}"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", CORE_FILE])
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_changed_copy_is_not_read(tmp_path: Path, name: str, is_removed: bool) -> None:
+    folder = write_folder(tmp_path / "model")
+    first = everything(load_tokenizer(folder, MODEL))
+    file = find_copy(folder) / name
+    if is_removed:
+        file.unlink()
+    else:
+        file.write_text(file.read_text().replace("messages", "messages[1:]") + " ")
+    assert everything(load_tokenizer(folder, MODEL)) == first
+
+
+def test_a_large_file_beside_the_tokenizer_is_not_read(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    (folder / "notes.txt").write_bytes(b"")
+    os.truncate(folder / "notes.txt", 1 << 40)
+    with time_limit(20, "a large file beside the tokenizer"):
+        load_tokenizer(folder, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class"),
+    [
+        *((name, None) for name in ("granitemoehybrid", "qwen2", "gpt_neox", "cohere2", None)),
+        *(("llama", "GPT2Tokenizer"), (None, "GPT2Tokenizer"), ("qwen2", "Qwen2Tokenizer")),
+    ],
+)
+def test_the_tokens_are_those_of_the_file(
+    tmp_path: Path, model_type: str | None, tokenizer_class: str | None
+) -> None:
+    """Some classes of Transformers build a pre-tokenizer of their own over that of the file."""
+    folder = tmp_path / "model"
+    tokenizer = copy.deepcopy(train("bytes", ("<|x|>",), False))
+    split = pre_tokenizers.Split(Regex(r"\d| ?\w+|\s+"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = {**json.loads(file.read_text()), "tokenizer_class": tokenizer_class}
+    file.write_text(json.dumps({key: config[key] for key in config if config[key] is not None}))
+    if model_type is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    written = Tokenizer.from_file(str(folder / CORE_FILE))
+    for load in (load_tokenizer, load_tokenizer, load_original_tokenizer):
+        loaded = load(folder, MODEL)
+        for text in ("The answer is 12345, isn't it?", *TEXTS):
+            assert loaded(text)["input_ids"] == written.encode(text).ids
 
 
 @pytest.mark.slow

@@ -127,6 +127,7 @@ def prepare_data(
     data = run.data
     cache = cache or cache_folder("tokens")
     template = select_template(data, tokenizer, eos_ids, pictures)
+    template.samples_answers = run.samples_answers
     splits = read_checked_splits(data, run.train.seed, opened)
     across = check_across(splits.validation, splits.train) if data.validation else []
     sides = {"train": splits.train}

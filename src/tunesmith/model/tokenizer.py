@@ -14,7 +14,13 @@ from tunesmith.host.files import check_regular_files
 from tunesmith.host.signals import loading_libraries
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.spec import one_line
-from tunesmith.model.tokenizer_copy import CORE_FILE, find_copy, read_copy, write_copy
+from tunesmith.model.tokenizer_copy import (
+    CORE_FILE,
+    find_copy,
+    follow_core_file,
+    read_copy,
+    write_copy,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -45,7 +51,11 @@ def _load_by_class(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     with loading_libraries():
         from transformers import AutoTokenizer  # imports torch
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    file = folder / CORE_FILE
+    if tokenizer.is_fast and file.is_file():
+        follow_core_file(tokenizer, file)
+    return tokenizer
 
 
 def _load_by_copy(folder: Path, model: Model) -> PreTrainedTokenizerBase:

@@ -23,9 +23,12 @@ from tunesmith.model.safetensors_files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-COPY_VERSION = 1  # increase it if the written files or the comparison change
+COPY_VERSION = 2  # increase it if the written files or the comparison change
 CORE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+DIGEST_FILE = "sha256"  # file of a copy with the digest of all other files
+# Larger files are no tokenizer files, so only their size and time are compared.
+MAX_READ_BYTES = 100_000_000
 # Suffixes of the files from which Transformers loads a tokenizer with a core in Rust.
 TOKENIZER_SUFFIXES = (".jinja", ".json", ".model", ".txt")
 # Attributes that can be defined by the class of the original.
@@ -67,14 +70,17 @@ def find_copy(folder: Path) -> Path:
         # The index of the weights can be large, and is not read.
         is_read = file.suffix in TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
         if is_read and file.is_file():
-            content = file.read_bytes()
-            digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode())
-            digest.update(content)
+            about = file.stat()
+            digest.update(f"{file.relative_to(folder)} {about.st_size}\n".encode())
+            if about.st_size > MAX_READ_BYTES:
+                digest.update(f"{about.st_mtime_ns}\n".encode())
+            else:
+                digest.update(file.read_bytes())
     return cache_folder("tokenizers") / digest.hexdigest()
 
 
 def read_copy(copy: Path, folder: Path) -> PreTrainedTokenizerFast | None:
-    """Read the copy of the tokenizer in `folder`. Return None if there is no readable copy."""
+    """Read the copy of the tokenizer in `folder`. Return None if there is no unchanged copy."""
     if not (copy / CORE_FILE).is_file():
         return None
     with loading_libraries():
@@ -83,6 +89,8 @@ def read_copy(copy: Path, folder: Path) -> PreTrainedTokenizerFast | None:
     # The files of the cache can be damaged, and Transformers and tokenizers raise many kinds of
     # errors for damaged files.
     with suppress(Exception):
+        if (copy / DIGEST_FILE).read_text() != _digest(copy):
+            return None
         tokenizer = PreTrainedTokenizerFast.from_pretrained(copy)
         tokenizer.name_or_path = str(folder)
         return tokenizer
@@ -103,9 +111,32 @@ def write_copy(copy: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         config = folder / CONFIG_FILE
         settings = {name: getattr(tokenizer, name) for name in CLASS_SETTINGS}
         config.write_text(json.dumps({**read_json(config), **settings}), encoding="utf-8")
+        (folder / DIGEST_FILE).write_text(_digest(folder))
         read = read_copy(folder, folder)
         if read is None or _facts(read) != _facts(tokenizer):
             (folder / CORE_FILE).unlink(missing_ok=True)
+
+
+def _digest(copy: Path) -> str:
+    """Return the sha256 (hex) of the files of a copy, without DIGEST_FILE."""
+    digest = hashlib.sha256()
+    for file in sorted(copy.rglob("*")):
+        if file.is_file() and file.name != DIGEST_FILE:
+            digest.update(f"{file.relative_to(copy)} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def follow_core_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Set the steps of a tokenizer to those of its tokenizer.json, as servers read it.
+
+    Some classes of Transformers build steps of their own, although the file has other ones.
+    """
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_file(str(file))
+    for step in ("normalizer", "pre_tokenizer", "model", "decoder"):
+        setattr(tokenizer.backend_tokenizer, step, getattr(core, step))
 
 
 def _has_own_methods(tokenizer: PreTrainedTokenizerBase) -> bool:

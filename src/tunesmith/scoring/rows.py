@@ -9,8 +9,10 @@ from tunesmith.data.rows.samples import (
     FunctionCall,
     Message,
     Sample,
+    texts_by_role,
 )
 from tunesmith.data.text.template import Template
+from tunesmith.data.text.thoughts import split_thought
 from tunesmith.errors import DataError
 from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.scoring.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
@@ -22,8 +24,8 @@ def make_scored_row(
     """Return a row with the reference of its last answer, which may be empty.
 
     The reference is rendered from the row's text, not decoded from its tokens: if the tokens were
-    wrong, a model that has learned them would count as right. The template also renders tool calls
-    and reasoning.
+    wrong, a model that has learned them would count as right. The template also renders tool calls.
+    The thought is not a part of the reference.
 
     Args:
         sample: the row as a sample.
@@ -37,7 +39,16 @@ def make_scored_row(
         prompt = sample.messages[:-1]
         calls = len(sample.messages[-1].get("tool_calls") or ())
         tools = sample.tools
-    raw = template.answer(sample, where=where) if has_answer(sample) else ""
+    raw = ""
+    if has_answer(sample):
+        try:
+            _, raw = template.final_answer(template.answer(sample, where=where))
+        except DataError:
+            # The template cannot write the answer after its generation prompt, for example an
+            # answer without a thought. Its text can be compared anyway.
+            if calls or not template.samples_answers:
+                raise
+        raw = raw or own_text(sample)
     if not raw.strip():
         return ScoredRow("", "", row, where, prompt=row.get("prompt", prompt))
     reference = template.without_special_tokens(raw)
@@ -52,6 +63,13 @@ def make_scored_row(
         is_special,
         row.get("prompt", prompt),
     )
+
+
+def own_text(sample: Sample) -> str:
+    """Return the text of the last answer of a sample, without its thought."""
+    if not isinstance(sample, Conversation):
+        return texts_by_role(sample)[-1][1]
+    return split_thought(sample.messages[-1])["content"]
 
 
 def read_call_form(template: Template) -> CallReader | None:

@@ -98,6 +98,8 @@ class RewardedAnswer(NamedTuple):
         raw: the text with special tokens.
         ids: the tokens of the answer, with its end token.
         finished: whether the answer ended by itself. False: it was cut off.
+        final: the text after the thought, without and with special tokens. If empty, the answer has
+            no thought.
     """
 
     text: str
@@ -105,11 +107,13 @@ class RewardedAnswer(NamedTuple):
     row: ScoredRow
     ids: Sequence[int] = ()
     finished: bool = True
+    final: Sequence[str] = ()
 
     def text_for(self, scorer: str) -> str:
         """Return the text that a scorer compares."""
+        plain, special = self.final or (self.text, self.raw)
         # Tool calls and some references contain special tokens.
-        return self.raw if scorer == TOOL_CALL or self.row.is_special else self.text
+        return special if scorer == TOOL_CALL or self.row.is_special else plain
 
 
 @dataclass(frozen=True)

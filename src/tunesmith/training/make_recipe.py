@@ -281,6 +281,7 @@ def _examine(draft: Draft, *, on_paper: bool) -> _Examined:
     )
     tokenizer = facts.tokenizer
     template = select_template(data, tokenizer, eos_ids(facts.folder, tokenizer), facts.pictures)
+    template.samples_answers = run.samples_answers
     tokens = tokenize([(run.data.train[0], rows)], data, template, cache=None, what="a sample")
     is_padded = facts.support.state == "padded"
     mean_length = round(tokens.lengths.mean())

@@ -150,7 +150,8 @@ class RewardedSampling:
                 ids = answer.ids[:-1] if answer.finished else answer.ids
                 raw = decode(tokenizer, ids, with_special=True)
                 text = decode(tokenizer, ids)
-                items.append(RewardedAnswer(text, raw, row, answer.ids, answer.finished))
+                final = data.template.final_answer(raw)
+                items.append(RewardedAnswer(text, raw, row, answer.ids, answer.finished, final))
         try:
             state = {"global_step": step, "max_steps": self.session.total_steps or -1}
             rewards, scores = self.reward.of(items, cancelled, state)

@@ -27,14 +27,17 @@ from tunesmith.data.rows.samples import PICTURE_MARK
 from tunesmith.data.text.align import CharSpan
 from tunesmith.data.text.rendering import FIX_WITH_TAGS, Block, ChatRenderer, Rendering
 from tunesmith.data.text.sentinels import Field, Messages, Tools
-from tunesmith.data.text.template_args import names_of_arguments
-from tunesmith.data.text.thoughts import missing_parts, open_thought
+from tunesmith.data.text.thought_style import parse_block
+from tunesmith.data.text.thoughts import missing_parts
+from tunesmith.data.text.working_fix import working_fix
 from tunesmith.errors import DataError
 
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
 _FIX_DROPPED = (
     "remove it from the rows, or use a template that renders it: data.template=FILE.jinja"
 )
+# Fixes that are replaced by a fix that was tried, if there is one.
+_GENERAL_FIXES = (_FIX_DROPPED, FIX_WITH_TAGS)
 _FIX_TEXT_AND_CALL = f"move the text to the answer's reasoning_content, or {_FIX_DROPPED}"
 _FIX_TAGS = (
     "move the {% generation %} tags in the template: they must enclose each answer with its end"
@@ -74,6 +77,20 @@ def find_answers(
         DataError: the template drops a part of the conversation, or the position of an answer is
             ambiguous.
     """
+    try:
+        return _find_answers(chat, messages, tools, selected)
+    except DataError as error:
+        fix = working_fix(chat, messages, tools, selected, _find_answers, error)
+        if fix and error.fix not in _GENERAL_FIXES:
+            fix = f"{fix}; or {error.fix}"
+        error.fix = fix or error.fix
+        raise
+
+
+def _find_answers(
+    chat: ChatRenderer, messages: Messages, tools: Tools, selected: Collection[int]
+) -> RenderedAnswers:
+    messages = chat.in_form(messages)
     blocks: list[Block] = []
     if chat.tagged:
         text, blocks = chat.render_tagged(messages, tools)
@@ -176,10 +193,7 @@ def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering) -> DataErro
             dropped = f"the text before the call of {message}"
             fix = _FIX_TEXT_AND_CALL
     elif kind == "reasoning_content":
-        fix = (
-            'write it in front of the answer: "<think>\\n...\\n</think>\\n\\n..."; or use a'
-            " template that renders it: data.template=FILE.jinja"
-        )
+        fix = _FIX_DROPPED
     elif kind == "tool_calls":
         fix = (
             "write the call in the answer's content as the model's documentation shows it, and"
@@ -203,8 +217,8 @@ def _find_answer(
     if anchor is None:
         raise chat.error(f"moves the text before {answer}")
     prompt_at = rendering.place(anchor)
-    if is_last and not rendering.text.startswith(prompt, prompt_at):
-        rendering = _insert_prompt(chat, rendering, i, prompt_at, prompt)
+    if is_last:
+        rendering = _after_prompt(chat, rendering, i, prompt_at, prompt)
     text = rendering.text
     indices = rendering.sentinels_of_message(i)
     start = _start_of_answer(chat, rendering, i, prompt_at, prompt, is_last)
@@ -240,42 +254,37 @@ def _find_answer(
     return rendering, _through(chat, start, end), is_after_prompt
 
 
-def _insert_prompt(
+def _after_prompt(
     chat: ChatRenderer, rendering: Rendering, i: int, prompt_at: int, prompt: str
 ) -> Rendering:
-    """Insert the part of the generation prompt that the row lacks before message i.
-
-    Three models are examples. The prompt of Gemma 4 ends with an empty thought if thinking is off,
-    so the empty thought is inserted. The prompt of DeepSeek R1 opens a thought, but its template
-    leaves thoughts out of rows, so the thought of the row is inserted. The prompt of Nemotron 3
-    opens a thought with a line break, and its template writes the tags of an empty thought in rows
-    without a thought, so the line break is inserted between the tags. The rendering is unchanged if
-    the row has no thought that could close the opened thought.
-    """
-    at = chat.thought_in_prompt(rendering, i, prompt_at, prompt)
-    if at is None:
-        return rendering
-    added = prompt[at:]
-    has_thought = "reasoning_content" in rendering.messages[i]
-    tags = open_thought(added)
-    begin = prompt_at + at
-    end = begin
-    empty = None
-    if tags is not None and not has_thought:
-        opening, closing = map(re.escape, tags)
-        empty = re.compile(rf"{opening}\s*(?={closing})").match(rendering.text, begin)
-    if empty is not None:
-        end = empty.end()
-    elif has_thought and chat.traits.writes_thoughts and tags is not None:
-        added += f"{rendering.inserted.thought_of(i).strip()}\n{tags[1]}\n\n"
-    elif has_thought or tags is not None:
-        return rendering
+    """Rewrite the text before message i, the last answer, as `ThoughtStyle.lead` decides."""
     indices = rendering.sentinels_of_message(i)
-    split = indices[0] if indices else len(rendering.sentinels)
-    growth = len(added) - (end - begin)
-    moved = [sentinel._replace(at=sentinel.at + growth) for sentinel in rendering.sentinels[split:]]
-    text = rendering.text[:begin] + added + rendering.text[end:]
-    return rendering._replace(text=text, sentinels=rendering.sentinels[:split] + moved)
+    first = rendering.sentinels[indices[0]] if indices else None
+    if first is None or first.side != "b" or rendering.inserted.position == "middle":
+        # The start of the answer's text is unknown. `_start_of_answer` compares the prompt.
+        return rendering
+    is_shown = rendering.field(first).kind == "reasoning_content"
+    thought: str | None = rendering.inserted.thought_of(i).strip()
+    if not thought and "reasoning_content" not in rendering.messages[i]:
+        thought = None
+    written = rendering.text[prompt_at : first.at]
+    lead = chat.traits.style.lead(prompt, written, thought, is_shown=is_shown)
+    if lead is None:
+        asked = parse_block(prompt)
+        if thought and asked["closing"]:
+            raise chat.error(
+                f"closes the thought before message {i + 1}, an answer with a thought",
+                f"in inference the prompt ends with {prompt[-40:]!r}",
+                _FIX_DROPPED,
+            )
+        if thought and not is_shown and not asked["opening"]:
+            raise _dropped(chat, Field(i, "reasoning_content", thought), rendering)
+        raise _not_after_prompt(chat, rendering, i, prompt_at, prompt)
+    growth = len(lead) - len(written)
+    moved = [s._replace(at=s.at + growth) for s in rendering.sentinels[indices[0] :]]
+    text = rendering.text[:prompt_at] + lead + rendering.text[first.at :]
+    sentinels = rendering.sentinels[: indices[0]] + moved
+    return rendering._replace(text=text, sentinels=sentinels)
 
 
 def _start_of_answer(
@@ -300,35 +309,27 @@ def _start_of_answer(
         header = chat.header(rendering, i, prompt_at)
         if header and prompt.startswith(header):
             return prompt_at + len(header)
-        thought_at = chat.thought_in_prompt(rendering, i, prompt_at, prompt)
-        if thought_at is not None:
+        thought_at = parse_block(prompt).end("header")
+        is_same = thought_at < len(prompt) and text.startswith(prompt[:thought_at], prompt_at)
+        # The header, which is the text before the answer, must reach at least to the thought.
+        # Otherwise the answer would begin before the thought.
+        if is_same and len(header or "") >= thought_at:
             # In Nemotron's rows, the closing tag of a thought directly follows the opening tag. The
             # answer starts after the text that the prompt and the row have in common.
             common = _common_prefix(prompt, text[prompt_at:])
             return prompt_at + max(thought_at, min(common, len(header or "")))
-    row = text[prompt_at : prompt_at + 40]
-    raise chat.error(
+    raise _not_after_prompt(chat, rendering, i, prompt_at, prompt)
+
+
+def _not_after_prompt(
+    chat: ChatRenderer, rendering: Rendering, i: int, prompt_at: int, prompt: str
+) -> DataError:
+    """Build the error for an answer that does not follow the generation prompt."""
+    row = rendering.text[prompt_at : prompt_at + 40]
+    return chat.error(
         f"does not write its generation prompt before message {i + 1}, an answer",
         f"in inference the prompt ends with {prompt[-40:]!r}, but the row has {row!r} there",
-        _fix_prompt(chat, prompt, is_last),
     )
-
-
-def _fix_prompt(chat: ChatRenderer, prompt: str, is_last: bool) -> str:
-    """Return text with fixes for a rendered row that does not start with its generation prompt.
-
-    For example, the user can switch thinking off.
-    """
-    fix = FIX_WITH_TAGS
-    tags = open_thought(prompt)
-    if tags is not None:
-        empty = f"{tags[0]}\\n\\n{tags[1]}\\n\\n..."
-        fix = f'begin the answer with a thought, or an empty thought: "{empty}"; or {fix}'
-    names = names_of_arguments(chat.jinja, chat.tokenizer.special_tokens_map)
-    if names:
-        fix = f"set the template's arguments in data.template_args ({', '.join(names)}); or {fix}"
-    # For earlier answers, also propose data.train_on=last, which does not supervise them.
-    return fix if is_last else f"set data.train_on=last; or {fix}"
 
 
 def _through(chat: ChatRenderer, start: int, end: re.Match[str]) -> CharSpan:

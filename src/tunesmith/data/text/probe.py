@@ -1,11 +1,13 @@
 """Detection of the features and end tokens of a chat template, by rendering short conversations."""
 
 import re
+from dataclasses import replace
 
 from tunesmith.data.rows.samples import FunctionCall, ToolSchema
 from tunesmith.data.text.rendering import ChatRenderer, Rendering
 from tunesmith.data.text.sentinels import Messages, Tools
-from tunesmith.data.text.thoughts import MessageForm, open_thought, thought_forms
+from tunesmith.data.text.thought_style import ThoughtStyle, parse_block
+from tunesmith.data.text.thoughts import MessageForm, thought_forms
 from tunesmith.errors import DataError
 
 # Short conversations, one for each feature of a chat template.
@@ -65,25 +67,32 @@ def probe(chat: ChatRenderer) -> None:
             f"it renders as {rendering.text[:60]!r}",
             "name a template that writes it: data.template=FILE.jinja",
         )
-    _find_forms(chat)
+    thinking = _find_forms(chat)
     _find_ends(chat)
+    if rendering is not None:
+        chat.traits.style = _find_style(chat, rendering, thinking)
+    asked = parse_block(chat.traits.style.prompt)
+    # If the generation prompt has a thought, the prompt determines where answers start.
+    chat.tagged = chat.tagged and not asked["opening"] and not asked["closing"]
+    chat.traits.reasoning = thinking is not None or chat.traits.style.splits_empty
     rendering = _try(chat, _PROBE_TURNS)
     if rendering is not None:
         _check_generation_prompt(chat, rendering)
 
 
-def _find_forms(chat: ChatRenderer) -> None:
-    """Find the form in which the template renders thoughts and tool calls."""
+def _find_forms(chat: ChatRenderer) -> Rendering | None:
+    """Find the form in which the template renders thoughts and tool calls.
+
+    Return the probe with a thought. Return None if the template renders no thoughts.
+    """
     traits = chat.traits
+    thinking = None
     for form in thought_forms(chat.jinja):
         traits.form = form
         rendering = _try(chat, _PROBE_THINKING)
-        # The template must render every text exactly once, in the order of the conversation.
-        if rendering is not None and rendering.shows_all():
-            fields = [sentinel.field for sentinel in rendering.sentinels]
-            if fields == sorted(fields):
-                traits.reasoning = True
-                break
+        if rendering is not None and _is_in_place(rendering):
+            thinking = rendering
+            break
     else:
         traits.form = MessageForm()
     for text_arguments in (False, True):
@@ -100,33 +109,55 @@ def _find_forms(chat: ChatRenderer) -> None:
         traits.form = traits.form._replace(text_arguments=False)
     listed = _try(chat, _PROBE_TURN, _PROBE_TOOLS)
     traits.lists_tools = listed is not None and listed.shows("tools")
-    if traits.reasoning:
-        # Thoughts must be moved out of texts only if the template renders a thought inside a text
-        # differently from a thought in the field `reasoning_content`.
+    return thinking
+
+
+def _is_in_place(rendering: Rendering) -> bool:
+    """Return whether the probe with a thought is rendered completely and in its order.
+
+    A closed thought in front of the thought is not allowed: the template does not find a thought
+    in the text, and writes an empty one.
+    """
+    fields = [sentinel.field for sentinel in rendering.sentinels]
+    if not rendering.shows_all() or fields != sorted(fields):
+        return False
+    first = rendering.sentinels_of_message(1)[0]
+    before = rendering.text[rendering.place(first - 1) : rendering.place(first)]
+    return not parse_block(before)["closing"]
+
+
+def _find_style(chat: ChatRenderer, plain: Rendering, thinking: Rendering | None) -> ThoughtStyle:
+    """Find how the template writes thoughts, from the probes without and with a thought."""
+    edges = [plain.place(n) for n in plain.sentinels_of_message(1)]
+    anchor, prompt = chat.prompt(plain, 1)
+    if not edges or anchor is None:
+        return ThoughtStyle(splits=thinking is not None, splits_empty=thinking is not None)
+    written = plain.text[plain.place(anchor) : edges[0]]
+    stop = chat.ends.search(plain.text, edges[-1])
+    style = ThoughtStyle(prompt, end="\n</think>\n\n")
+    if thinking is not None and thinking.inserted.position == "both":
+        # Start and end of the thought, and the start of the answer's text
+        start, end, text_at, _ = map(thinking.place, thinking.sentinels_of_message(1))
+        before = thinking.text[thinking.place(anchor) : start]
+        end_text = thinking.text[end:text_at]
+        style = ThoughtStyle(prompt, before.removeprefix(prompt), end_text)
+    lead = style.lead(prompt, written, "", is_shown=False) or prompt
+    blocks = [parse_block(text) for text in (prompt, written)]
+    writes_empty = any(block["opening"] or block["closing"] for block in blocks)
+    splits = writes_empty
+    if thinking is not None:
         try:
-            thinking = chat.render(_PROBE_THINKING)
-            traits.splits_thoughts = chat.render(_PROBE_INLINE) != thinking
+            splits = chat.render(_PROBE_INLINE) != thinking.text
         except DataError:
-            traits.splits_thoughts = True
-    elif _prompt_opens_thought(chat):
-        traits.reasoning = True
-        traits.splits_thoughts = True
-        traits.writes_thoughts = True
-
-
-def _prompt_opens_thought(chat: ChatRenderer) -> bool:
-    """Return whether the generation prompt opens a thought that the template leaves out of rows."""
-    rendering = _try(chat, _PROBE_TURN)
-    if rendering is None or not rendering.sentinels_of_message(1) or chat.tagged:
-        return False
-    anchor, prompt = chat.prompt(rendering, 1)
-    if anchor is None:
-        return False
-    prompt_at = rendering.place(anchor)
-    if rendering.text.startswith(prompt, prompt_at):
-        return False
-    thought_at = chat.thought_in_prompt(rendering, 1, prompt_at, prompt)
-    return thought_at is not None and open_thought(prompt) is not None
+            splits = True
+        writes_empty |= splits and "</think>" not in chat.jinja
+    return replace(
+        style,
+        without=lead.removeprefix(prompt),
+        after=plain.text[edges[-1] : stop.start()] if stop else "",
+        splits=splits,
+        splits_empty=writes_empty,
+    )
 
 
 def _find_ends(chat: ChatRenderer) -> None:

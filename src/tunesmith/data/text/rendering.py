@@ -30,12 +30,11 @@ from tunesmith.data.text.sentinels import (
     Sentinels,
     Tools,
 )
+from tunesmith.data.text.thought_style import DEFAULT_STYLE, ThoughtStyle
 from tunesmith.data.text.thoughts import (
     DEFAULT_FORM,
     MessageForm,
     TemplateMessage,
-    split_thought,
-    thought_at_end,
 )
 from tunesmith.errors import DataError, ModelError, first_line
 
@@ -136,21 +135,19 @@ class TemplateTraits:
 
     Attributes:
         form: form of the messages in which the template reads thoughts and calls.
-        reasoning, calls: whether the template renders thoughts and calls.
+        style: how the template writes thoughts.
+        reasoning, calls: whether the template or its prompt writes thoughts, and whether the
+            template writes calls.
         lists_tools: whether the template writes the tools of a conversation.
-        splits_thoughts: whether a thought inside a text must be moved to its own field.
-        writes_thoughts: whether thoughts are inserted into rows, because the generation prompt
-            opens a thought and the template leaves it out of rows.
         wrapped_result: pattern of a tool result with the tags that the template writes around it.
             None if the template writes no tags.
     """
 
     form: MessageForm = DEFAULT_FORM
+    style: ThoughtStyle = DEFAULT_STYLE
     reasoning: bool = False
     calls: bool = False
     lists_tools: bool = False
-    splits_thoughts: bool = False
-    writes_thoughts: bool = False
     wrapped_result: re.Pattern[str] | None = None
 
 
@@ -196,6 +193,7 @@ class ChatRenderer:
         with_pictures: whether each PICTURE_MARK in a text represents a picture. If True, the
             template gets texts with pictures as lists of parts.
         takes_lists: whether the template gets all texts as lists of parts.
+        fixes: kind of an answer that cannot be rendered -> its fix, see `working_fix`.
     """
 
     def __init__(
@@ -209,10 +207,12 @@ class ChatRenderer:
         self.jinja = jinja
         self.name = name
         self.tagged = bool(_GENERATION_START.search(jinja))
+        self.eos_ids = eos_ids
         self.ends = AnswerEnds(tokenizer, eos_ids)
         self.traits = TemplateTraits()
         self.with_pictures = False
         self.takes_lists = False
+        self.fixes: dict[object, str] = {}
 
     def for_pictures(self) -> "ChatRenderer":
         """Return a copy of the renderer for conversations with pictures."""
@@ -308,13 +308,8 @@ class ChatRenderer:
             if traits.wrapped_result is not None and message["role"] == "tool":
                 result = traits.wrapped_result.sub(lambda found: found[1].strip(), turn["content"])
                 turn = {**message, "content": result}
-            elif traits.splits_thoughts:
-                split = split_thought(message)
-                # If the template handles </think>, leave an empty thought in the text.
-                if split.get("reasoning_content") != "" or traits.writes_thoughts:
-                    turn = split
-                elif "</think>" not in self.jinja:
-                    turn = {**message, "content": split["content"]}
+            else:
+                turn = traits.style.split(message)
             in_form.append(turn)
         return in_form
 
@@ -463,23 +458,6 @@ class ChatRenderer:
         if first.side != "b" or rendering.field(first).kind == "reasoning_content":
             return None
         return rendering.text[prompt_at : first.at]
-
-    def thought_in_prompt(
-        self, rendering: Rendering, i: int, prompt_at: int, prompt: str
-    ) -> int | None:
-        """Return the position in the generation prompt at which a thought begins.
-
-        Return None if the prompt has no thought, or if the row differs from the prompt before it.
-        """
-        at = thought_at_end(prompt)
-        if at is None or not rendering.text.startswith(prompt[:at], prompt_at):
-            return None
-        header = self.header(rendering, i, prompt_at)
-        # The header, which is the text before the answer, must reach at least to position `at`.
-        # Otherwise `at` would be in the answer.
-        if rendering.sentinels_of_message(i) and (header is None or len(header) < at):
-            return None
-        return at
 
 
 def _unused_word(text: str, messages: Messages, tools: Tools) -> str:

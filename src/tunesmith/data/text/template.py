@@ -16,7 +16,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +24,7 @@ from unicodedata import normalize
 
 import numpy as np
 
+from tunesmith.data.rows.messages import has_answer
 from tunesmith.data.rows.samples import (
     PICTURE_MARK,
     Completion,
@@ -47,6 +48,7 @@ from tunesmith.data.text.pictures_in_text import (
 )
 from tunesmith.data.text.probe import probe
 from tunesmith.data.text.rendering import ChatRenderer
+from tunesmith.data.text.thought_style import DEFAULT_STYLE
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 from tunesmith.errors import DataError, ModelError
 from tunesmith.units import count_of
@@ -93,6 +95,8 @@ class Template:
         pictures: creates the placeholder tokens of pictures. If None, rows with pictures raise
             DataError.
         raw: whether prompt and completion are used unchanged.
+        samples_answers: whether training samples its own answers. If so, an answer of a row that
+            the template cannot write is left out, because training needs only the prompt.
         end_ids: ids of the supervised tokens that may end an answer. Generation must stop at them.
         earlier_end_ids: ids of the tokens that end earlier answers, but not the last answer. They
             are not supervised, and generation does not stop at them.
@@ -111,6 +115,7 @@ class Template:
         self.tokenizer = tokenizer
         self.pictures = pictures
         self.raw = name == "raw"
+        self.samples_answers = False
         self.jinja = jinja
         self.has_fixed_date = jinja is not None and builtin_templates.writes_today(jinja)
         if jinja is not None:
@@ -200,6 +205,9 @@ class Template:
                     texts[i] = self._insert_placeholders(answers, seen[i].texts)
             except DataError as error:
                 examples[i] = error
+                if self.samples_answers or not has_answer(sample):
+                    with suppress(DataError):
+                        examples[i] = self._only_prompt(sample)
         try:
             # Tokenize all texts in one call, because the tokenizer processes the texts of a call
             # with several threads.
@@ -222,6 +230,12 @@ class Template:
             except DataError as error:
                 examples[i] = error
         return [examples[i] for i in range(len(samples))]
+
+    def _only_prompt(self, sample: Sample) -> Example:
+        """Build the example of a prompt with an empty answer, which is only an end token."""
+        ids = np.array([*self.prompt(sample), self.raw_end], np.int32)
+        trained = np.arange(len(ids)) == len(ids) - 1
+        return Example(ids, trained, control_tokens=self._control_tokens(sample))
 
     def prompt(self, sample: Sample, *, where: str = "") -> list[int]:
         """Return the token ids of a sample's prompt.
@@ -261,7 +275,8 @@ class Template:
                 if message["role"] == "assistant":
                     text += end
             return text
-        text = self._chat_of(sample).render(messages, sample.tools or None, generate=True)
+        chat = self._chat_of(sample)
+        text = chat.render(chat.in_form(messages), sample.tools or None, generate=True)
         return self._insert_placeholders(RenderedAnswers(text, []), placeholders).text
 
     def answer(self, sample: Sample, *, where: str = "") -> str:
@@ -286,6 +301,16 @@ class Template:
         # Some tokenizers convert a letter and its accent to one character, so the model generates
         # this single character.
         return normalize("NFC", text) if self._composes_letters else text
+
+    def final_answer(self, answer: str) -> tuple[str, str]:
+        """Return the part of an answer after its thought, without and with special tokens.
+
+        Args:
+            answer: the text after the generation prompt, with special tokens.
+        """
+        style = DEFAULT_STYLE if self.chat is None else self.chat.traits.style
+        final = style.answer_text(answer)
+        return self.without_special_tokens(final), final
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -365,7 +390,7 @@ class Template:
         tool calls.
         """
         turns = sample.messages
-        messages = list(turns) if self.chat is None else self.chat.in_form(turns)
+        messages = list(turns)
         jinja = self.jinja or ""
         # The template reads the input separately from the instruction.
         if sample.instruction is not None and "message.input" in jinja:

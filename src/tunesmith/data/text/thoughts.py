@@ -25,43 +25,9 @@ THOUGHT_TAGS = {
     "[/THINK]": "[THINK]",
 }
 _CLOSING = re.compile("|".join(map(re.escape, THOUGHT_TAGS)))
-# Opening and closing tag with at most one word between them: <think></think>, Gemma 4's
-# <|channel>thought\n<channel|>, Cohere's <|START_THINKING|><|END_THINKING|>.
-_EMPTY_THOUGHT = re.compile(
-    r"(?P<opening><[^<>]+>|\[[^\[\]]+\])\s*\w*\s*(?P<closing><[^<>]+>|\[[^\[\]]+\])\s*\Z"
-)
-# Parts of a tag that are ignored when an opening tag is compared with a closing tag.
-_NO_NAME = re.compile(r"[^a-z]|start|end|begin|of", re.IGNORECASE)
 # Pattern of the key that contains the thought of a message, as a template writes it:
 # message.thinking or message['thinking'].
 _THOUGHT_KEY = re.compile(r"""(?<=[.'"])[a-z_]*(?:think|thought|reason)[a-z_]*\b""")
-
-
-def open_thought(text: str) -> tuple[str, str] | None:
-    """Return opening and closing tag if a text ends with a thought's opening tag, else None."""
-    for closing, opening in THOUGHT_TAGS.items():
-        if text.rstrip().endswith(opening):
-            return opening, closing
-    return None
-
-
-def thought_at_end(text: str) -> int | None:
-    """Return the start of the thought at the end of a text, or None if there is no thought.
-
-    Such a thought is only an opening tag, or an opening tag with its closing tag and no text
-    between them.
-    """
-    tags = open_thought(text)
-    if tags is not None:
-        return text.rindex(tags[0])
-    match = _EMPTY_THOUGHT.search(text)
-    if match is None or match["opening"] == match["closing"]:
-        return None
-    opening_name = _NO_NAME.sub("", match["opening"]).lower()
-    closing_name = _NO_NAME.sub("", match["closing"]).lower()
-    if opening_name and opening_name == closing_name:
-        return match.start()
-    return None
 
 
 class InlineThought(NamedTuple):
@@ -127,19 +93,20 @@ class MessageForm(NamedTuple):
 
     def apply(self, messages: Sequence[Message]) -> Sequence[TemplateMessage]:
         """Convert the messages to the form that the template reads."""
-        if self == DEFAULT_FORM:
-            return messages
         return [self._message(message) for message in messages]
 
     def _message(self, message: Message) -> TemplateMessage:
-        """Convert the thought and the calls of a message to the form that the template reads."""
+        """Convert the thought and the calls of a message to the form that the template reads.
+
+        A blank thought is left out, because templates disagree whether it is a thought.
+        """
         calls = message.get("tool_calls")
         thought = message.get("reasoning_content")
-        if not calls and not thought:
+        if thought is None and not (calls and self.text_arguments):
             return message
         changed: dict[str, object] = dict(message)
-        if thought:
-            del changed["reasoning_content"]
+        changed.pop("reasoning_content", None)
+        if thought is not None and thought.strip():
             if self.thought_tags is None:
                 changed[self.thought_key] = thought
             else:

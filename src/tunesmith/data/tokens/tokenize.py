@@ -183,7 +183,12 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> st
         "transformers": transformers.__version__,
         "rows": rows.digest(),
         "format": [source.format, sorted(source.columns.items()), data.system],
-        "template": [template.name, template.jinja, sorted(template.end_ids)],
+        "template": [
+            template.name,
+            template.jinja,
+            sorted(template.end_ids),
+            template.samples_answers,
+        ],
         "tokenizer": template.tokenizer_hash,
         "limits": [data.seq_len, too_long_of(source, data), data.train_on],
         "bad rows": data.bad_rows,

@@ -629,6 +629,7 @@ def _first_validated(tokens: TokenSet, location: RunLocation, count: int | None)
 def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
     if loaded.run:
         data = loaded.run.data
+        loaded.template.samples_answers = loaded.run.samples_answers
     else:
         sources = tuple(source for source, _ in parts)
         data = Data(train=sources, seq_len=min(loaded.context or 1 << 20, 1 << 20))

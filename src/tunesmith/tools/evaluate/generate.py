@@ -171,7 +171,14 @@ def answer_rows(
             yield AnsweredRow(
                 scored,
                 [
-                    RewardedAnswer(answer.text, text, scored, answer.ids, answer.finished)
+                    RewardedAnswer(
+                        answer.text,
+                        text,
+                        scored,
+                        answer.ids,
+                        answer.finished,
+                        loaded.template.final_answer(text),
+                    )
                     for answer, text in zip(group, raw, strict=True)
                 ],
             )

@@ -146,7 +146,7 @@ class Scoring:
         reader = read_call_form(loaded.template) if TOOL_CALL in scorers else None
         self.scorers = list(dict.fromkeys(scorers))
         self.process = ScorerProcess(self.scorers, reader)
-        self.tokenizer = loaded.tokenizer
+        self.template, self.tokenizer = loaded.template, loaded.tokenizer
         self.prompts: list[RowPrompt] = []
         self.scored: list[ScoredRow] = []
         self.unanswered = 0
@@ -302,7 +302,8 @@ class Scoring:
             for answer, row in zip(answers, self.scored, strict=True):
                 raw = answer.answer if answer.raw is None else answer.raw
                 ids = self.tokenizer.encode(raw, add_special_tokens=False)
-                scored = RewardedAnswer(answer.answer, raw, row, ids, answer.finished)
+                final = self.template.final_answer(raw)
+                scored = RewardedAnswer(answer.answer, raw, row, ids, answer.finished, final)
                 [found] = self.process.score(name, [scored])
                 scores[model].append(found[scorer_label(name)])
         return summarize_rows(name, scores)

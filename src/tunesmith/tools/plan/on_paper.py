@@ -175,6 +175,7 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
         tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
         pictures = read_picture_processor(folder, tokenizer, run)
         template = select_template(run.data, tokenizer, eos_ids(folder, tokenizer), pictures)
+        template.samples_answers = run.samples_answers
         rows, _ = read_splits(run.data, run.train.seed, only_cached=True)
         return tokenize(rows, run.data, template, cache=cache, what="train", only_cached=True)
     return None

@@ -1,0 +1,90 @@
+"""Fixes for rows that a chat template cannot render, which were tried and work."""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from tunesmith.data.rows.samples import Message
+from tunesmith.data.text.probe import probe
+from tunesmith.data.text.rendering import ChatRenderer
+from tunesmith.data.text.row_warnings import LOST
+from tunesmith.data.text.sentinels import Messages, Tools
+from tunesmith.data.text.template_args import (
+    assign_arguments,
+    names_of_arguments,
+    split_arguments,
+)
+from tunesmith.data.text.thoughts import split_thought
+from tunesmith.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from tunesmith.data.text.loss_mask import RenderedAnswers
+
+# Function that renders a conversation, as `find_answers` does.
+Find = Callable[[ChatRenderer, Messages, Tools, Collection[int]], "RenderedAnswers"]
+
+
+# A fix, and the template, the conversation and the selected answers after the fix.
+_Fixed = tuple[str, ChatRenderer, Messages, Collection[int]]
+
+
+def working_fix(
+    chat: ChatRenderer,
+    messages: Messages,
+    tools: Tools,
+    selected: Collection[int],
+    find: Find,
+    error: DataError,
+) -> str:
+    """Return a fix for a conversation that cannot be rendered, or "" if no tried fix works.
+
+    The fixes are tried only once for each kind of error, because many rows may have the same error.
+    """
+    thought = split_thought(messages[-1]).get("reasoning_content")
+    kind = (re.sub(r"\d+", "", error.what), bool(thought), *messages[-1])
+    if kind not in chat.fixes:
+        chat.fixes[kind] = ""
+        trials = _trials(chat, messages, selected, has_thought=bool(thought))
+        for fix, trial, changed, chosen in trials:
+            with suppress(DataError, ModelError):
+                if trial is not chat:
+                    probe(trial)
+                if not find(trial, changed, tools, chosen).missing.intersection(LOST):
+                    chat.fixes[kind] = fix
+                    break
+    return chat.fixes[kind]
+
+
+def _trials(
+    chat: ChatRenderer, messages: Messages, selected: Collection[int], *, has_thought: bool
+) -> Iterator[_Fixed]:
+    """Yield other values of the template's arguments, and other forms of the answers' thoughts."""
+    arguments, template = split_arguments(chat.jinja)
+    names = names_of_arguments(template, chat.tokenizer.special_tokens_map)
+    for name in sorted(names, key=lambda name: "think" not in name):
+        for value in (True, False):
+            jinja = assign_arguments(template, {**arguments, name: value})
+            trial = ChatRenderer(chat.tokenizer, jinja, chat.name, chat.eos_ids)
+            trial.with_pictures, trial.takes_lists = chat.with_pictures, chat.takes_lists
+            fix = f"set data.template_args.{name}={json.dumps(value)}"
+            yield fix, trial, messages, selected
+    without: list[Message] = []
+    inline: list[Message] = []
+    for message in map(split_thought, messages):
+        plain = message.copy()
+        thought = plain.pop("reasoning_content", "")
+        start = f"<think>\n{thought}\n</think>\n\n"
+        without.append(plain)
+        is_changed = thought or (not has_thought and message["role"] == "assistant")
+        inline.append({**plain, "content": start * bool(is_changed) + plain["content"]})
+    if has_thought:
+        form = json.dumps("<think>\n...\n</think>\n\n...")
+        fix = f"write the thought in front of the answer: {form}"
+        yield fix, chat, inline, selected
+        yield "remove the thought from the answer", chat, without, selected
+    else:
+        form = json.dumps("<think>\n\n</think>\n\n...")
+        yield f"begin the answer with an empty thought: {form}", chat, inline, selected
+    yield "set data.train_on=last", chat, messages, {max(selected)}
