@@ -28,9 +28,8 @@ export_gguf write the model of a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
 Results are printed as tables, also in a notebook. Errors that a user can fix are `TunesmithError`s,
-see `tunesmith.errors`. They state the problem, its place, the reason and the fix. A fix of the rows
-that you pass is written as the argument `overrides`. Other fixes are written for the command line:
-for key=value pass overrides={"key": value}, for an option pass the argument of the same name.
+see `tunesmith.errors`. They state the problem, its place, the reason and the fix. A fix names the
+argument of the function. For a fix key=value, pass overrides={"key": value}.
 """
 
 from importlib import import_module
@@ -48,6 +47,7 @@ from tunesmith.errors import (
     StoppedError,
     TunesmithError,
     UsageError,
+    in_words_of_python,
 )
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def __getattr__(name: str) -> Any:
     host.bound_shape_caches()
     host.prepare_threads()
     value = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
+    if not isinstance(value, type):
+        value = in_words_of_python(value)
     globals()[name] = value
     return value
 

@@ -20,9 +20,11 @@ edit that fixes it.
 
 import errno
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import PurePath
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -111,6 +113,41 @@ class TunesmithError(Exception):
             if row:
                 lines.append(f"  {name}: {row:.2000}")
         return "\n".join(lines)
+
+
+# An option of the command line with its value, which is one word or a text in quotes. Options
+# without a value in this table are switches.
+_OPTION = re.compile(
+    r"--(?:(columns|format|score|quant|split|device|dtype|output|data) ('[^']*'|[^\s,;?)]+)"
+    r"|([a-z][a-z-]+))"
+)
+_ARGUMENT_NAMES = {"score": "scorers", "format": "format_name", "input": "rows"}
+
+
+def in_words_of_python(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with errors whose fixes name its arguments instead of options."""
+
+    def argument(option: re.Match[str]) -> str:
+        name, value, switch = option.groups()
+        if switch:
+            return _ARGUMENT_NAMES.get(switch, switch.replace("-", "_"))
+        text: object = value.strip("'")
+        if name == "columns":
+            text = dict(pair.split("=", 1) for pair in str(text).split(",") if "=" in pair)
+        return f"{_ARGUMENT_NAMES.get(name, name)}={text!r}"
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TunesmithError as error:
+            for part in ("what", "where", "why", "fix"):
+                setattr(error, part, _OPTION.sub(argument, getattr(error, part)))
+            raise
+
+    # `pickle` looks up the function in this module.
+    call.__module__ = "tunesmith"
+    return call
 
 
 class UsageError(TunesmithError):

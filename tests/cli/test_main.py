@@ -104,9 +104,11 @@ WRONG = {
     "generate run --lr 1": ["tunesmith generate --help"],
     "recipes show": ["tunesmith recipes show smollm2-135m-lora"],
     "recipes show qwen3-8b": ["qwen3-8b-dpo?"],
-    # what went, with what to use
-    "doctor smollm2-135m-lora": ["fetch RECIPE --dry-run"],
-    "fetch org/model --hosts spark-b": ["ssh HOST"],
+    "train llama3.1-8b-lor": ["llama3.1-8b-lora?"],
+    "export run --to olama --output x": ["--to ollama?"],
+    "export run --to gguf --quant q4 --output x": ["--quant q4_k_m?"],
+    "data demo --format messges": ["--format messages?"],
+    "sweep r.yaml --rank 2": ["--ranks?"],
     "train smollm2-135m-lora parallel.experts=2": ["parallel.shard"],
 }
 

@@ -56,7 +56,7 @@ def found(*rows: Row, source: Source | None = None, **keys: bool) -> Detected:
 
 
 def place(number: int) -> str:
-    return f"rows row {number}"
+    return f"rows[{number - 1}]"
 
 
 def sample_of(row: Row, form: Any, **columns: str) -> Any:

@@ -74,18 +74,20 @@ def inspect_data(
 
 
 def sweep(
-    recipe: str | Path,
-    space: Mapping[str, Sequence[object]],
+    recipe: str | Path | None = None,
+    space: Mapping[str, Sequence[object]] = {},
     overrides: Overrides = (),
     *,
     trust_remote_code: bool = False,
+    model: str | None = None,
+    data: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train one adapter for each combination of values on one base, and find the best.
 
     >>> tunesmith.sweep("my-recipe.yaml", {"train.learning_rate": [1e-4, 3e-4]})["candidates"]
 
     Args:
-        recipe, overrides: as for `train`. The same call resumes an interrupted sweep.
+        recipe, overrides, model, data: as for `plan`. The same call resumes an interrupted sweep.
         space: the values to try for each key of the recipe.
         trust_remote_code: as for `plan`.
 
@@ -102,7 +104,7 @@ def sweep(
             value if isinstance(value, str) else json.dumps(value, default=str) for value in values
         ]
         words.append(f"{key}={','.join(texts)}")
-    return _json_of("sweep", recipe, words, trust_remote_code)
+    return _json_of("sweep", recipe, words, trust_remote_code, model=model, data=data)
 
 
 def _json_of(

@@ -99,57 +99,6 @@ OTHER_NAMES = {
     "compare": "run `tunesmith report A B` for curves and losses, or `tunesmith eval A B` to "
     "compare row by row",
 }
-# Options and choices that were removed, with the replacement that the error shows.
-OTHER_OPTIONS = {
-    "tunesmith data --write-held-out": (
-        "give your own held-out rows in data.validation; held-out.txt in the run directory lists "
-        "the rows that data.hold_out has chosen"
-    ),
-    "tunesmith doctor --fix": "run `tunesmith doctor`, which shows a command for each fault",
-    "tunesmith doctor RECIPE": "run `tunesmith fetch RECIPE --dry-run`",
-    "tunesmith launch slurm --site": "use --partition, --account, --setup and --sbatch-arg",
-    "tunesmith fetch --hosts": "run `ssh HOST tunesmith fetch --remove NAME`",
-    **dict.fromkeys(
-        ("tunesmith export --quant nvfp4", "tunesmith export --quant fp8"),
-        "use --quant bf16, and quantize the model in vLLM with `vllm serve FOLDER --quantization "
-        "fp8`",
-    ),
-    **dict.fromkeys(
-        ("tunesmith bench --ablation", "tunesmith bench --only", "tunesmith bench --rounds"),
-        "run bench once with the key and once without it; to alternate the two, run "
-        "benchmarks/speed/ablation.py --only key=value",
-    ),
-    "tunesmith bench --cold": (
-        "run bench twice with the same new TORCHINDUCTOR_CACHE_DIR: the second run uses the code "
-        "that the first run has compiled"
-    ),
-    "tunesmith bench --picture": "run bench on the recipe's own rows",
-    "tunesmith bench --plain": "remove the option: the table is always plain text",
-    "tunesmith plan --price": "multiply `hours` of plan --json by the number of GPUs and the price",
-    "tunesmith plan --assume": (
-        "use --on with the GPU that is most similar to yours, or run plan on the machine itself; "
-        "if the bandwidth of a link is unknown, plan only omits the times"
-    ),
-    "tunesmith plan --all": (
-        "remove the option: plan shows the mesh that train uses; for another mesh, add "
-        "parallel.shard=N parallel.tensor=N"
-    ),
-    "tunesmith eval --tasks": (
-        "run `pip install lm-eval`, then `lm-eval run --model hf --model_args "
-        "pretrained=BASE,peft=RUN/final --tasks NAME` (docs/evaluate.md)"
-    ),
-    "tunesmith eval --exact-match": "use --score exact",
-    "tunesmith chat --side-by-side": "run `tunesmith chat RUN` and `tunesmith chat RUN --base`",
-    "tunesmith report --markdown": "run `tunesmith report` for the page, or `tunesmith report "
-    "--json` for a script",
-    "tunesmith watch --json": "run `tunesmith report --json` or `tunesmith status --json`",
-    "tunesmith sweep --candidates": "list the values, such as train.learning_rate=1e-5,1e-4,1e-3",
-    "tunesmith sweep --rungs": (
-        "remove the option: every candidate trains to its end. To stop candidates early, use "
-        "Optuna and raise its TrialPruned in on_record of tunesmith.train (docs/python.md)"
-    ),
-    "tunesmith sweep --to-the-end": "remove the option: every candidate trains to its end",
-}
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 
@@ -206,19 +155,19 @@ class Parser(argparse.ArgumentParser):
     def _fix_of(self, message: str) -> str | None:
         """Return a text that says how to fix an argparse error, or None if no fix is known.
 
-        The fix names the replacement of a removed option, a similar option or a recipe key.
+        The fix names a similar option or choice, or a recipe key.
         """
-        choice = re.match(r"argument (\S+): invalid choice: '(.*?)'", message)
+        choice = re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
-            return OTHER_OPTIONS.get(f"{self.prog} {choice[1]} {choice[2]}")
+            option, word, listed = choice.groups()
+            from tunesmith.config.names import nearest
+
+            meant = nearest(word, re.split(r"[', ]+", listed))
+            return f"did you mean {option} {meant}?" if meant else None
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if not unknown:
             return None
         word = unknown[1]
-        option = word.partition("=")[0] if word.startswith("-") else "RECIPE"
-        other = OTHER_OPTIONS.get(f"{self.prog} {option}")
-        if other:
-            return other
         # Do not suggest hidden options to users. They are for the processes that a command starts.
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
         options = [option for action in shown for option in action.option_strings]
@@ -316,6 +265,13 @@ def dispatch(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"tunesmith {__version__}")
         return EXIT_OK
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        fix = "change to an existing folder, for example with `cd ~`"
+        raise UsageError(
+            "the working directory was deleted", where="command line", fix=fix
+        ) from None
     verb, *rest = words
     # `launch` has subcommands, such as `launch local`.
     if verb == "launch":

@@ -67,7 +67,9 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
         if meaning in choices:
             return meaning
     similar = difflib.get_close_matches(word, choices, n=1)
-    return similar[0] if similar else None
+    # A beginning such as `q4` for `q4_k_m` is too short to be similar.
+    longer = [choice for choice in choices if len(word) > 1 and _plain(choice).startswith(plain)]
+    return next(iter((*similar, *longer)), None)
 
 
 def _plain(name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from tunesmith.config.dump import yaml_value
-from tunesmith.config.layers import COMMAND_LINE
+from tunesmith.config.layers import COMMAND_LINE, FROM_PYTHON
 from tunesmith.config.names import (
     example,
     keys,
@@ -239,13 +239,15 @@ def _field_and_type(key: str) -> tuple[Field[Any], Any]:
 
 
 def _setting(where: str, key: str, value: str) -> str:
-    """Return the text that sets a key: `key=value` on the command line, or `key: value` in a file.
+    """Return the text that sets a key: `key=value` on the command line, else `key: value`.
 
     For an item of a list, return only the value.
     """
     name = last_part(key)
     if name.isdigit():
         return value
+    if where.startswith(FROM_PYTHON):
+        return f"{key!r}: {read_value(value, 'x', where).values['x']!r}"
     return shell_word(f"{key}={value}") if where.startswith(COMMAND_LINE) else f"{name}: {value}"
 
 

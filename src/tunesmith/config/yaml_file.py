@@ -21,6 +21,7 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver, VersionedResolver
 
 from tunesmith.errors import RecipeError
+from tunesmith.host.functions import file_and_name
 from tunesmith.host.shell import shell_path
 
 Scalar = str | int | float | bool | None
@@ -101,13 +102,17 @@ def as_json(value: object) -> str:
     """
     try:
         # YAML requires an escape for DEL, and JSON does not.
-        return json.dumps(value, default=os.fspath).replace("\x7f", "\\u007f")
+        return json.dumps(value, default=_as_text).replace("\x7f", "\\u007f")
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(
             "a recipe cannot have this value",
             why=str(error),
             fix="use text, a number, true, false, null, a list or a mapping",
         ) from None
+
+
+def _as_text(value: Any) -> str:
+    return file_and_name(value) if callable(value) else os.fspath(value)
 
 
 def layer_of(values: Mapping[str, object], where: str) -> RecipeLayer:

@@ -236,8 +236,8 @@ def locate_run(
         location = RunLocation("base", None, run.model, run, note, is_note_shown=has_run)
     elif local_path.is_file() and local_path.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=path))
-    # A local folder has priority over a Hub id with the same name.
-    elif _HUB_ID.match(path) and not local_path.parent.is_dir():
+    # A local folder has priority over a Hub id with the same name. Run directories are in `runs/`.
+    elif _HUB_ID.match(path) and not (path.startswith("runs/") or local_path.parent.is_dir()):
         location = RunLocation("base", None, Model(name=path), note=_hub_note(path))
     elif local_path.is_file():
         raise _no_model(

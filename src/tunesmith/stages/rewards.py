@@ -3,8 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +12,14 @@ from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.samples import Conversation
-from tunesmith.errors import DataError, RecipeError, RunError, UsageError
+from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.model.model_types import Support
 from tunesmith.scoring.process import ScorerProcess
 from tunesmith.scoring.reward import Reward
 from tunesmith.scoring.rows import make_scored_row
 from tunesmith.scoring.scorers import SCORERS, RewardedAnswer, ScoredRow, check_scorer_names
 from tunesmith.stages.rows import RowFacts
+from tunesmith.stages.scorer_names import errors_of_reward
 
 log = logging.getLogger(__name__)
 
@@ -31,27 +31,13 @@ SCORED_ROWS = 64
 CHECKED_ROWS = 2000
 
 
-@contextmanager
-def _errors_of_reward() -> Iterator[None]:
-    """Raise errors of scorers as errors of the recipe, before the run begins."""
-    try:
-        yield
-    except RunError as error:
-        fix = error.fix.partition(", then")[0]
-        raise DataError(error.what, where=error.where, why=error.why, fix=fix) from None
-    except UsageError as error:
-        error.where = error.where.replace("--score", "method.reward")
-        error.fix = error.fix.replace("--score ", "method.reward=")
-        raise
-
-
 def reward_digest(run: Run) -> str:
     """Return the SHA-256 of the scorers: their names, and the content of the user's files.
 
     Raise UsageError if a file of `method.reward` does not exist.
     """
     digest = hashlib.sha256(repr(run.method.reward_weights).encode())
-    with _errors_of_reward():
+    with errors_of_reward():
         names = check_scorer_names(run.method.reward)
     for name in names:
         if name in SCORERS:
@@ -84,7 +70,7 @@ def try_scorers(rows: RowFacts) -> None:
     """
     method = rows.run.method
     source, first = rows.opened.train[0]
-    with _errors_of_reward():
+    with errors_of_reward():
         own = [name for name in check_scorer_names(method.reward) if name not in SCORERS]
     try:
         where = first.where(0)
@@ -97,7 +83,7 @@ def try_scorers(rows: RowFacts) -> None:
         prompt = sample.messages[:-1]
         reference = sample.messages[-1]["content"]
     row = ScoredRow(reference, reference, first[0], where, prompt=first[0].get("prompt", prompt))
-    with _errors_of_reward(), ScorerProcess(own, None, method.reward_seconds, math.inf) as process:
+    with errors_of_reward(), ScorerProcess(own, None, method.reward_seconds, math.inf) as process:
         for name in own:
             faults = []
             for text in TRIED_ANSWERS:
@@ -166,7 +152,7 @@ def own_rewards(run: Run, data: TrainingData) -> OwnRewards | None:
     compared = [name for name in names if name in SCORERS]
     items: list[RewardedAnswer] = []
     # Load the scorers even if there is nothing to score, so that their errors are found now.
-    with _errors_of_reward(), Reward(run.method, data.template) as reward:
+    with errors_of_reward(), Reward(run.method, data.template) as reward:
         for tokens in filter(None, (data.train, data.validation)):
             # Own scorers accept all rows.
             for i in range(min(len(tokens), CHECKED_ROWS if compared else SCORED_ROWS)):

@@ -10,6 +10,7 @@ from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
 from tunesmith.stages.request import Request
+from tunesmith.stages.scorer_names import check_scorers
 
 # Maximum size of a file whose rows are all checked in this stage. The check of a larger file would
 # take seconds. Its rows are checked when they are tokenized.
@@ -48,6 +49,7 @@ def open_rows(
             rows of all small files.
     """
     run = request.run
+    check_scorers(run)
     data = run.data
     for source in (*data.train, *data.validation):
         if is_local(source.source):

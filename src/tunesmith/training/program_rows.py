@@ -30,7 +30,7 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
     in this folder then rejects the changed data.
 
     Args:
-        rows: mappings, or a `datasets.Dataset`.
+        rows: mappings, a data frame of pandas or polars, or a `datasets.Dataset`.
 
     Raises:
         DataError: the rows have another type, or JSON does not support a value.
@@ -64,20 +64,23 @@ def mappings(rows: object, argument: str) -> Iterator[Mapping[Any, Any]]:
     Args:
         argument: name of the argument that has the rows, for errors.
     """
+    if type(rows).__name__ == "DataFrame":
+        # A frame of polars or pandas.
+        frame: Any = rows
+        rows = frame.to_dicts() if hasattr(frame, "to_dicts") else frame.to_dict("records")
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
             f"expected a list of rows, but got a value of type {type(rows).__name__}",
             where=argument,
-            fix="pass a list of mappings or a datasets.Dataset; to use a file, pass its path as a "
-            "string",
+            fix="pass a list of mappings, a data frame or a datasets.Dataset; to use a file, pass "
+            "its path as a string",
         )
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
                 where=argument,
-                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]; for a data frame, '
-                "use pandas' frame.to_dict('records') or polars' frame.to_dicts()",
+                fix=f"use rows such as [{{'prompt': {str(row)!r:.60}}}]",
             )
         yield row
 

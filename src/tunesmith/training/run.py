@@ -202,13 +202,18 @@ def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> "N
             "train needs either a recipe, or model and rows",
             fix='call train("my-recipe.yaml"), or train(model="...", rows=[...])',
         )
-    from tunesmith.training.make_recipe import make_recipe  # imports huggingface_hub, which is slow
+    # These import huggingface_hub, which is slow.
+    from tunesmith.presentation.data import draft_lines
+    from tunesmith.stages.draft import draft_recipe
+    from tunesmith.training.make_recipe import make_recipe
 
     options = override_layer(overrides).values
     # Set the default here. `make_recipe` would derive it from the name of the file with the rows.
     options.setdefault("output_dir", f"runs/rows-{short_name(model)}")
-    file = keep_rows(rows, Path(options["output_dir"]))
-    return make_recipe(model, str(file), options)
+    file = str(keep_rows(rows, Path(options["output_dir"])))
+    draft = draft_recipe(model, file, options)
+    log_lines(draft_lines(draft))
+    return make_recipe(model, file, options, draft=draft)
 
 
 def level_of_process(rank: int | None = None) -> int:

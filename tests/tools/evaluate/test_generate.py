@@ -73,7 +73,7 @@ def test_every_form_of_a_row_gives_one_prompt_from_the_columns_that_train_finds(
 
 
 def test_a_prompt_without_room_for_its_answer_is_refused_at_the_call(loaded: LoadedModel) -> None:
-    with refuses(DataError, where="rows row 2", names=["1 of 2"]):
+    with refuses(DataError, where="rows[1]", names=["1 of 2"]):
         generate(loaded, [{"text": "a"}, {"text": "a" * 2024}], Decoding(25))
     generate(loaded, [{"text": "a" * 2024}], Decoding(24))  # the context is 2,048 tokens
 

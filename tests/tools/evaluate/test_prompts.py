@@ -28,6 +28,7 @@ from tunesmith.inference.load_run import LoadedModel, _template, load_run
 from tunesmith.scoring.scorers import ScoredRow
 from tunesmith.tools.evaluate import generate
 from tunesmith.tools.evaluate.evaluate import _eval_tokens
+from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.training.run import train
 
 ASKED, SAID = "Which bird  sings?\n", " A wren."
@@ -82,7 +83,7 @@ def expected(model: str, choice: str, row: str) -> str | None:
 
 
 def prompt_of(loaded: LoadedModel, row: dict[str, Any]) -> generate.Prompt:
-    source = generate.find_source(from_list([row]), loaded.location.sources, "auto", None)
+    source = find_source(from_list([row]), loaded.location.sources, "auto", None)
     return generate.make_prompt(row, "row 1", loaded, source)
 
 

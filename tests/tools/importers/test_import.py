@@ -145,6 +145,10 @@ BAD: dict[str, tuple[str, str, list[str]]] = {
     "column": ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: [a, b]\n", "file.yaml:3", ["data.train.columns.text"]),
     "llamafactory v1": ("model: m\nmodel_class: llm\ntemplate: qwen3\npeft_config: {name: lora}\ntrain_dataset: d.yaml\ncutoff_len: 9\n",
                         "file.yaml", ["LLaMA-Factory v1"]),
+    "verl": ("actor_rollout_ref: {model: {path: m}, rollout: {n: 8}}\ndata: {train_files: a.parquet, max_response_length: 9}\ntrainer: {total_epochs: 1}\n", "file.yaml", ["verl"]),
+    "ms-swift": ("rlhf_type: grpo\nmodel: m\ntrain_type: lora\nreward_funcs: [accuracy]\nnum_generations: 8\nmax_completion_length: 9\ndataset: d\n", "file.yaml", ["ms-swift"]),
+    "NeMo RL": ("grpo: {num_prompts_per_step: 8, num_generations_per_prompt: 4}\npolicy: {model_name: m}\nloss_fn: {ratio_clip_min: 0.2}\n", "file.yaml", ["NeMo RL"]),
+    "an integer that cannot be printed": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nseed: 0x" + "f" * 4000 + "\n", "file.yaml:3", ["train.seed"]),
     "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", "file.yaml", ["accelerate"]),
 }  # fmt: skip
 
@@ -204,3 +208,14 @@ def test_a_secret_is_masked_by_the_name_of_its_key(tmp_path: Path) -> None:
     assert "canary" not in everything
     for plain in ('env.COLOUR: "red"', '=***", "SIZE=3"]', "max_new_tokens: 128"):
         assert plain in everything
+
+
+def test_the_columns_of_a_listed_data_set(tmp_path: Path) -> None:
+    columns = {"messages": "talk", "system": "sys"}
+    entry = {"file_name": "c.json", "formatting": "openai", "columns": columns}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"c": entry}))
+    file = tmp_path / "file.yaml"
+    file.write_text(
+        json.dumps(BASES["llamafactory"] | {"dataset": "c", "dataset_dir": str(tmp_path)})
+    )
+    assert translate(read_config(file, None), {}, 1).values["data.train"]["columns"] == columns

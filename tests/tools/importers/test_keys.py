@@ -73,6 +73,11 @@ LEAST = {"train.min_learning_rate": 1e-6, "train.schedule": "cosine"}
 DOCUMENTS = [{"path": "e/e", "type": "completion"}]
 BOOKS = {"source": "org/books", "split": "train", "format": "text"}
 ROWS = {"source": "d/d", "split": "train"}
+TALKS = {
+    "_component_": "torchtune.datasets.chat_dataset",
+    "source": "d/d",
+    "conversation_style": "openai",
+}
 BY_OFFLOADING = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 
 CARRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -98,6 +103,9 @@ CARRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("axolotl", {"wandb_project": "chats", "wandb_name": "first"}, {"log.wandb": True, "log.project": "chats"}),
     ("axolotl", {"use_mlflow": True, "mlflow_experiment_name": "chats"}, {"log.trackers": ["mlflow"], "log.project": "chats"}),
     ("trl", {"report_to": "tensorboard"}, {"log.tensorboard": True}),
+    *(("torchtune", {"dataset": TALKS | {"masking_strategy": f"train_on_{theirs}"}}, {"data.train_on": ours})
+      for theirs, ours in (("last", "last"), ("all", "all"), ("assistant", "response"))),
+    ("axolotl", {"datasets": [{"path": "d/d", "type": "alpaca", "message_property_mappings": {"role": "from"}}]}, {"data.train": {**ROWS, "format": "alpaca"}}),
 ]  # fmt: skip
 
 
@@ -164,8 +172,8 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("trl pairs", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}, {"name": "dpo", "beta": 0.1, "loss_type": "sigmoid", "sft_weight": 0.3}),
     ("trl pairs", {}, {}),
     *(
-        ("trl rewards", theirs, {**RL, "variant": variant})
-        for variant, theirs in {"dapo": {}, "grpo": {"loss_type": "grpo"}, "dr_grpo": {"loss_type": "dr_grpo"}}.items()
+        ("trl rewards", theirs, {**RL, "variant": variant.strip()})
+        for variant, theirs in {"dapo": {}, "dapo ": {"loss_type": "cispo"}, "grpo": {"loss_type": "grpo"}, "dr_grpo": {"loss_type": "dr_grpo"}}.items()
     ),
     *(
         ("trl rewards", {"scale_rewards": theirs}, {**RL, "scale_rewards": ours})
@@ -200,6 +208,7 @@ NOTES: list[tuple[str, dict[str, Any], str, str]] = [
     ("axolotl", chat(roles_to_train=["gpt"], train_on_eos="turn", train_on_eot="turn", field_thinking="thinking", chat_template="tokenizer_default"),
      "", "roles_to_train train_on_eos train_on_eot field_thinking chat_template"),
     ("axolotl", chat(roles_to_train=[]), "roles_to_train", ""),
+    ("axolotl", chat(roles={"assistant": ["gpt", "system"], "user": ["human"]}), "roles.assistant", "roles.user"),
     ("llamafactory", {"template": "qwen3", "enable_thinking": False, "preserve_thinking": True, "quantization_type": "fp4", "quantization_method": "hqq", "eval_dataset": [], "report_to": "none"},
      "enable_thinking preserve_thinking quantization_type quantization_method", "eval_dataset report_to"),
     ("llamafactory", {"template": "alpaca", "enable_thinking": False, "quantization_type": "nf4"}, "", "enable_thinking quantization_type"),
@@ -242,10 +251,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("trl", {"dataset_mixture": {"datasets": [{"id": "org/a"}]}}, "dataset_mixture.datasets.0.id", ["data.train"]),
     ("trl", {"num_generations": 4}, "reward_funcs", ["method.reward=exact"]),
     *(("trl rewards", {"reward_funcs": [name]}, name, []) for name in ("get_soft_overlong_punishment", "a b.c", "my-lib.f")),
-    *(("trl rewards", {"loss_type": name}, "loss_type", []) for name in ("cispo", "sapo", "luspo", "vespo", "sigmoid")),
+    *(("trl rewards", {"loss_type": name}, "loss_type", []) for name in ("sapo", "luspo", "vespo", "sigmoid")),
     *(("trl rewards", {key: 1}, key, []) for key in ("reward_model_name_or_path", "max_tool_calling_iterations", "normalize_advantages")),
     ("trl rewards", {"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation", []),
-    ("axolotl pairs", {"rl": "grpo"}, "rl", []),
+    ("axolotl pairs", {"rl": "grpo"}, "rl", ["method.group", "docs/rl.md"]),
     ("llamafactory pairs", {"stage": "ppo"}, "stage", []),
     ("trl pairs", {"beta": 0.1, "loss_type": ["sigmoid", "hinge"]}, "loss_type", []),
     ("trl pairs", {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 1.0]}, "loss_weights", []),

@@ -75,7 +75,11 @@ def from_list(rows: list[Row], name: str = "rows") -> Rows:
     The list must not change later, because its digest is computed now.
     """
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-    table = Table(len(rows), rows.__getitem__, lambda i: f"{name} row {i + 1}", lambda: digest)
+    # In Python, rows[0] is the first row.
+    form = "rows[{0}]" if name == "rows" else "{name} row {1}"
+    table = Table(
+        len(rows), rows.__getitem__, lambda i: form.format(i, i + 1, name=name), lambda: digest
+    )
     return Rows(name, [group_messages(table)])
 
 

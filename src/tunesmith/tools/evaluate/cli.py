@@ -48,11 +48,13 @@ from tunesmith.cli.options import (
     notify_weights,
     whole_number,
 )
+from tunesmith.config.schema import Source
 from tunesmith.data.source.folders import check_local
-from tunesmith.data.source.open_source import is_local
+from tunesmith.data.source.open_source import is_local, read_rows
 from tunesmith.distributed.ranks import reported_once_a_node
 from tunesmith.inference.load_run import locate_run, require_held_out
 from tunesmith.scoring.scorers import check_scorer_names
+from tunesmith.tools.evaluate.row_source import find_source
 
 LOADS_TORCH = "here"
 
@@ -124,7 +126,11 @@ def run(args: argparse.Namespace) -> None:
             for run_name, location in zip(args.runs, locations, strict=True):
                 require_held_out(location, run_name)
         elif is_local(args.data):
-            check_local(Path(args.data).expanduser())
+            path = Path(args.data).expanduser()
+            check_local(path)
+            rows = read_rows(Source(source=str(path), split=args.split))
+            for location in locations:
+                find_source(rows, location.sources, args.format_name, dict(args.columns) or None)
         if not args.scorers:
             answer_options = ("output", "fresh", "temperature", "seed")
             check_not_given(

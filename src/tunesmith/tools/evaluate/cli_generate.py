@@ -38,6 +38,7 @@ from tunesmith.host.streams import visible
 from tunesmith.inference.load_run import add_vision_if_needed, load_run, locate_run
 from tunesmith.scoring.scorers import TOOL_CALL, check_scorer_names
 from tunesmith.tools.evaluate.resumed_file import ResumedFile, json_line, write_error
+from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     condition = _check_options(args)
     location = locate_run(args.run, base_only=args.base, trust_remote_code=args.trust_remote_code)
     rows = _read_input(args.input)
+    source = find_source(rows, location.sources, args.format_name, dict(args.columns) or None)
     output = None if args.output == "-" else Path(args.output)
     # A pipe or a device cannot be read again.
     is_stream = output is None or (output.exists() and not (output.is_file() or output.is_dir()))
@@ -111,14 +113,12 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.tools.evaluate.generate import (
         answer_rows,
         check_samples,
-        find_source,
         make_prompts,
     )
     from tunesmith.tools.evaluate.kept_answers import KeptAnswers
 
     decoding = read_decoding(args)
     check_samples(args.samples, decoding)
-    source = find_source(rows, location.sources, args.format_name, dict(args.columns) or None)
     stop = StopRequest(interactive=True)
     kept = KeptAnswers(args.score, condition, source, stop.requested) if args.score else None
     location = add_vision_if_needed(location, sample_rows(rows)[0].values())

@@ -10,7 +10,7 @@ scores have confidence intervals.
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -37,6 +37,7 @@ from tunesmith.data.tokens.token_set import Repeats, TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, UsageError
+from tunesmith.host.functions import file_and_name
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import (
@@ -59,7 +60,7 @@ from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.presentation.data import layout_lines
 from tunesmith.run_dir import PAIRS, weights_step
 from tunesmith.scoring.scorers import check_scorer_names
-from tunesmith.tools.evaluate.generate import find_source
+from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.tools.evaluate.score_rows import (
     Progress,
     RowScores,
@@ -343,7 +344,7 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     device: str | None = None,
-    scorers: str | Sequence[str] = (),
+    scorers: str | Callable[..., float] | Sequence[str | Callable[..., float]] = (),
     decoding: Decoding | None = None,
     output: str | Path | None = None,
     fresh: bool = False,
@@ -368,7 +369,8 @@ def evaluate(
         max_new_tokens: maximum number of tokens of an answer.
         batch_size: number of rows that are answered at once.
         device: device of the model; None: the default device.
-        scorers: one scorer or several, such as `exact`, `f1` or `file.py:function`. The model
+        scorers: one scorer or several: a name such as `exact`, `f1` or `file.py:function`, or a
+            function at the top level of a file. The model
             answers every row, and the answers are scored, with confidence intervals.
         decoding: how the tokens of answers are chosen; None: greedy, up to `max_new_tokens`.
         output: the file for the answers; None: a file in evals/ of the run. If the file exists, its
@@ -390,7 +392,9 @@ def evaluate(
     ranks = ranks or ONE_PROCESS
     with ranks.raise_on_all_ranks():
         # Check the names of the scorers before a model is loaded.
-        scorers = check_scorer_names(scorers)
+        given = [scorers] if isinstance(scorers, str) or callable(scorers) else scorers
+        names = [file_and_name(one) if callable(one) else one for one in given]
+        check_scorer_names(names)
         location = locate_run(path, trust_remote_code=trust_remote_code)
         if data is None:
             parts, name = _held_out_rows(location, os.fspath(path))
@@ -399,7 +403,7 @@ def evaluate(
             name = source.source
             like = find_source(rows, location.sources, format_name, columns)
             parts = [(replace(source, format=like.format, columns=like.columns), rows)]
-        has_answers = _have_answers(parts, name, scorers)
+        has_answers = _have_answers(parts, name, names)
         for _, rows in parts:
             location = add_vision_if_needed(location, sample_rows(rows)[0].values())
         loaded = load_run(location, device=device)
@@ -407,13 +411,13 @@ def evaluate(
         if data is None:
             tokens = _first_validated(tokens, location, max_examples)
         shown = name if data is None else _short_name(name)
-        if scorers:
+        if names:
             scoring = Scoring(
                 loaded,
                 tokens,
                 parts,
                 shown,
-                scorers,
+                names,
                 decoding or Decoding(max_new_tokens),
                 batch_size,
                 answers_path(location, name, output),

@@ -17,7 +17,7 @@ import yaml
 from pydantic import JsonValue
 
 from tunesmith.config.dump import leaves
-from tunesmith.config.yaml_file import NotAMappingError, Scalar, read_file, scalar
+from tunesmith.config.yaml_file import MAX_DIGITS, NotAMappingError, Scalar, read_file, scalar
 from tunesmith.errors import RecipeError, UsageError
 from tunesmith.host.files import find_similar_path
 from tunesmith.host.shell import shell_path
@@ -197,8 +197,9 @@ def yaml_1_1_scalar(text: str) -> Scalar:
         value = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return text
-    # Keep a date as a string.
-    return value if isinstance(value, Scalar) else text
+    # Keep a date as a string, and an integer that is too large to be printed.
+    is_printable = not isinstance(value, int) or abs(value) < 10**MAX_DIGITS
+    return value if isinstance(value, Scalar) and is_printable else text
 
 
 def _interpolate(key: SourceKey, keys: Mapping[str, SourceKey], depth: int = 0) -> JsonValue:

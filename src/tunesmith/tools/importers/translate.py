@@ -293,7 +293,9 @@ def _read_entry(
 
     row_format = get("format")
     for key, role, format_of_role in rows["formats"]:
-        if kind == "sft" and recipe.get(f"{entry}.{key}") == role:
+        # Only a type of chats has names of the keys of turns.
+        has_turns = kind == "sft" and row_format in ("messages", "sharegpt")
+        if has_turns and recipe.get(f"{entry}.{key}") == role:
             get(key)
             row_format = format_of_role
     columns = renamed(rows["columns"].get(row_format, {}))
@@ -358,9 +360,9 @@ def _set_train_on(recipe: Translation) -> None:
     if recipe.method != "sft":
         for name in names:
             recipe.note(name, "Preference training compares the answers only.", differs=False)
-    elif recipe.has("train_on_prompts", "true"):
+    elif recipe.has("train_on_prompts", "true") or recipe.has("train_on_last", "train_on_all"):
         train_on = "all"
-    elif recipe.has("train_on_last", "true"):
+    elif recipe.has("train_on_last", "true") or recipe.has("train_on_last", "train_on_last"):
         train_on = "last"
     recipe.set_key("data.train_on", train_on, *names)
 
