@@ -205,14 +205,17 @@ def padded_logprobs(model: Any, ids: Tensor, mask: Tensor, kept: int, **_: Any) 
 def test_the_loss_is_that_of_trl(
     tiny: Path, model: TrainModel, answers: list[list[SampledIds]], tmp_path: Path
 ) -> None:
-    """TRL's own loss on the log-probabilities of Transformers' forward, in float64."""
+    """TRL's own loss on the log-probabilities of Transformers' forward, in float64.
+
+    The gradient of cispo is that of dapo, because a batch is used for one update.
+    """
     import datasets
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rows = datasets.Dataset.from_list([{"prompt": "a"}] * 12)
-    for variant, beta in (("dapo", 0.0), ("grpo", 0.0), ("dapo", 0.05)):
+    for variant, beta in (("dapo", 0.0), ("cispo", 0.0), ("grpo", 0.0), ("dapo", 0.05)):
         arguments = GRPOConfig(
             output_dir=str(tmp_path), use_cpu=True, report_to=[], beta=beta, loss_type=variant,
             per_device_train_batch_size=12, num_generations=4, max_completion_length=20, bf16=False,
@@ -222,7 +225,7 @@ def test_the_loss_is_that_of_trl(
             train_dataset=rows, processing_class=tokenizer,
         )  # fmt: skip
         model.use_attention("generate")
-        method = config(variant=variant, beta=beta)
+        method = config(variant="dapo" if variant == "cispo" else variant, beta=beta)
         rewards = torch.tensor(REWARDS)
         advantages = rewards - rewards.mean(1, keepdim=True)
         if variant == "grpo":
@@ -254,5 +257,5 @@ def test_the_loss_is_that_of_trl(
         weights = answer_weights(REWARDS, LENGTHS, method)
         examples = examples_of(answers, weights, 1000)
         loss, ours, _ = run_batches(model, method, examples, packed=True, size=1000)
-        assert loss == pytest.approx(float(theirs), abs=1e-12)
+        assert variant == "cispo" or loss == pytest.approx(float(theirs), abs=1e-12)
         assert float((ours - gradient).abs().max()) < 1e-10
