@@ -47,7 +47,6 @@ from tunesmith.errors import (
     StoppedError,
     TunesmithError,
     UsageError,
-    in_words_of_python,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def __getattr__(name: str) -> Any:
     host.prepare_threads()
     value = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
     if not isinstance(value, type):
-        value = in_words_of_python(value)
+        value = import_module(f"{__name__}.errors").in_words_of_python(value)
     globals()[name] = value
     return value
 
