@@ -99,7 +99,7 @@ def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path
         tunesmith.generate(run, [{"prompt": "Hello"}])
     with refuses(UsageError, where="dtype", names=["float32"], fix=["fp32"]):
         tunesmith.load_run(tiny, dtype="float32")  # type: ignore[arg-type]
-    with refuses(UsageError, where="scorers", names=["lambda"]):
+    with refuses(UsageError, where="scorer", names=["lambda"]):
         tunesmith.evaluate(tiny, scorers=[lambda answer, row: 1.0])  # type: ignore[list-item]
-    with refuses(UsageError, where="scorers", names=["exakt"], fix=["--score exact"]):
+    with refuses(UsageError, where="scorers", names=["exakt"], fix=["scorers='exact'"]):
         tunesmith.evaluate(tiny, scorers="exakt")

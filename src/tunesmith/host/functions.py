@@ -18,6 +18,7 @@ def file_and_name(function: Callable[..., Any]) -> str:
     if not name.isidentifier() or not file.endswith(".py"):
         raise UsageError(
             f"{name} cannot be used as a scorer",
+            where="scorer",
             why="scorers run in other processes, which load a function by its file and name; a "
             "lambda, a method and a function of a notebook or inside another function have none",
             fix="define the function with `def` at the top level of a .py file, and pass it or "
