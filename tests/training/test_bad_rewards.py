@@ -81,7 +81,7 @@ FAULTS = {
     "os.ftruncate(os.open('big', os.O_CREAT | os.O_RDWR), 1 << 40)": BIG,
     "while True: os.write(1, b'x' * 65536)": BIG,
     "return '1'": "'1'", "return None": "None", "return float('nan')": "nan", "return float('inf')": "inf", "return [1.0]": "[1.0]",
-    "return 2": "returned 2", "return -0.1": "-0.1", "return 1j": "1j", "return np.ones(2)": "array([1., 1.])", "return 10 ** 5000": "int", "raise ValueError('\\ud800')": "\\ud800", "raise ValueError('x' * 10_000_000)": "xxx", "return Uncomparable()": "object",
+    "return 2": "returned 2", "return -0.1": "-0.1", "return 1j": "1j", "return np.ones(2)": "array([1., 1.])", "return 10 ** 5000": "int", "raise ValueError('\\ud800')": "\\ud800", "raise ValueError('x' * 10_000_000)": "xxx", "return Uncomparable()": "returned <",
     "return Unprintable()": "Unprintable", "return sys.modules['torch'].ones(())": "KeyError",
 }  # fmt: skip
 HARMLESS = (
