@@ -247,6 +247,7 @@ def test_a_run_without_different_rewards_says_why_and_what_to_change(
         line for line in (done.err + done.out).splitlines() if "method.answer_tokens" in line
     ]
     assert [re.findall(r"in (\d) steps", line) for line in warnings] == [["3"], ["4"]]
+    assert re.search(r"^val_reward +0.00 -> 0.00 \(0.00 to", done.out, re.MULTILINE)
     [start, *_] = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
     assert (start["step"], start["val_reward"], start["val_reward_low"]) == (0, 0, 0)
     assert json.loads(Path("run/best.json").read_text())["step"] == 0

@@ -215,8 +215,7 @@ def named_figures(
         peak = figures.last("mfu_peak_tflops") or 0.0
         rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
     # The loss of a policy gradient does not show how good the answers are.
-    is_rewarded = any(finite(figures.column("reward")))
-    rows |= _reward_rows(figures) if is_rewarded else _loss_rows(figures, records)
+    rows |= _reward_rows(figures) if figures.reward_text else _loss_rows(figures, records)
     rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
     return rows
 
