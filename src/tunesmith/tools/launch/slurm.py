@@ -33,8 +33,8 @@ from tunesmith.tools.launch.inputs import hub_sources, passed_variables, recipe_
 # Names of files in the folder `launch` of the run directory.
 SCRIPT_NAME = "slurm.sh"
 LOG_NAME = "slurm"
-# Slurm's reason of a pending job that asks for more nodes than the partition has.
-NEVER_STARTS = "PartitionNodeLimit"
+# Slurm's reasons of a pending job that asks for more nodes than the partition has.
+NEVER_STARTS = re.compile("PENDING: Partition(NodeLimit|Config)")
 REASON_SECONDS = 5.0
 # Minimum number of seconds between the signal that makes the run save and the job's time limit. It
 # is reduced if the time limit is short.
@@ -459,7 +459,7 @@ def submit(run: Run, request: JobRequest) -> SlurmJob:
     deadline = time.monotonic() + REASON_SECONDS
     while "PENDING: None" in (state := job.state()).text and time.monotonic() < deadline:
         time.sleep(POLL)
-    if NEVER_STARTS in state.text:
+    if NEVER_STARTS.search(state.text):
         job.stop()
         raise MachineError(
             "the job can never start, so it was removed from the queue",
