@@ -69,8 +69,6 @@ CONVERSATIONS: dict[str, dict[str, list[Message]]] = {
         "one": turns("How tall is it?", "About forty metres."),
         "same answer": turns("Again.", "Again.") * 4,
         "repeats question": turns("assistant\n", "assistant\n", "user", "user"),
-        "empty answer": turns("Hush.", "", "Still.", "", "Now?", "Now."),
-        "empty everything": turns("", "", "", ""),
         "long": turns("Tell me all.", LONG, LONG, "No."),
     },
     "system": {
@@ -80,7 +78,6 @@ CONVERSATIONS: dict[str, dict[str, list[Message]]] = {
         "emoji": turns("🎉🎉 party?", "🥳 yes 👩‍👩‍👧‍👦🏳️‍🌈!", "👍", "🙂"),
         "combining marks": turns("e\u0301 or é?", "Z̴a̷l̸g̵o: n\u0303, ñ, \u200b\u00ad\ufeff."),
         "blanks and unnormalised": turns("e\u0301 ", "  user e\u0301", " ?", "    return 1"),
-        "blank answer": turns("Blank?", " \n ", "Again?", "\n"),
         "white space": turns("\n Done?\n\n", "\n\n Done.\n\n\n", "\tSure?\r\n", "  Sure. \t"),
         "end in a question": turns(f"What is {END}?", "A token.", f"{END}", "Yes."),
         "end in an answer": turns("Write it.", f"Here: {END} and on.", "Fine", "Ok"),

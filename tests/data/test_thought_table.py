@@ -1,7 +1,7 @@
 """Where each stored template writes a thought, what it writes without one, and what its prompt holds.
 
 A cell is a template, a setting of its argument for thoughts, and a form of the row's thought. The
-texts are in thoughts.json.
+texts of some templates are in thoughts.json; the others are compared with Transformers' rendering.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from chat_table import answer, thinks, user
 from stored_templates import (
     LLAMA_CPP,
     Message,
+    all_template_names,
     encode,
     encoder_of,
     supervised_texts,
     tokenizer_of,
 )
-from test_supervised_text import LOST
+from test_supervised_text import LOST, WITHOUT_PROMPT
 
 from tunesmith.data.rows.samples import Completion, Conversation
 from tunesmith.data.text.template_args import names_of_arguments
@@ -52,6 +57,19 @@ FOR_TRAINING = {
     "llama.cpp/tencent-Hy3": {"is_training": True},
     "llama.cpp/Apriel-1.6-15b-Thinker-fixed": {"training_prompt": True},
 }
+# Its prompt has words that no row can write; an answer has no end; or today's date is in the prompt.
+NOT_COMPARED = {
+    "llama.cpp/Apriel-1.6-15b-Thinker-fixed",
+    "llama.cpp/llama-cpp-rwkv-world",
+    "llama.cpp/upstage-Solar-Open-100B",
+}
+CLOSING = re.compile(
+    r"</[a-z:]*think[a-z:]*>|</thinking>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>"
+)
+WITHOUT = re.compile(
+    r"<[a-z:]*think[a-z:]*>|<thinking>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought"
+    r"|\s+|Here are my reasoning steps:"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +117,45 @@ def applied(
             yield arguments, ROWS["none"]
 
 
+def bare(text: str) -> str:
+    """A text without the thought, its tags and white space."""
+    return WITHOUT.sub("", CLOSING.sub("", text.replace(THOUGHT, "")))
+
+
+def check(name: str, setting: str, arguments: dict[str, Any], kind: str) -> str:
+    """Compare a cell with Transformers' rendering. Return what became of it."""
+    apply = partial(tokenizer_of(name).apply_chat_template, tokenize=False, **arguments)
+    try:
+        asked = apply([user(ASKED)], add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError):
+        return "rejected by Transformers"
+    own = []
+    for row in (ROWS[kind], ROWS["none"], {**ROWS["field"], "thinking": THOUGHT}):
+        with suppress(jinja2.TemplateError, TypeError):
+            own.append(apply([user(ASKED), row]))
+    is_closed = bool(CLOSING.search(asked.rpartition(ASKED)[2]))
+    opens = asked.rstrip().endswith(("<think>", "<mm:think>", "<|START_THINKING|>"))
+    can_write = not is_closed and (opens or THOUGHT in own[-1])
+    counted = "can write" if can_write else "cannot write"
+    try:
+        before, text = trained(name, arguments, ROWS[kind])
+    except DataError as error:
+        fix = error.fix
+    else:
+        has_thought = kind in ("field", "text")
+        assert before == asked.rpartition(ASKED)[2]
+        assert (before + text).count(THOUGHT) == has_thought
+        assert len(CLOSING.findall(before + text.partition(TEXT)[0])) <= 1, (before, text)
+        assert not (has_thought and is_closed), (before, text)
+        assert any(bare(asked + text).startswith(bare(each)) for each in own), (text, own)
+        return f"equal, {counted}"
+    fixes = list(applied(fix, arguments, kind))
+    for fixed_arguments, row in fixes:
+        trained(name, fixed_arguments, row)
+    assert not can_write or (fixes and opens), fix
+    return f"refused, {counted}, {'with a fix' if fixes else 'no fix'}"
+
+
 @pytest.mark.parametrize(
     "name", [n for n in WRITTEN if LLAMA_CPP.is_file() or "llama.cpp" not in n]
 )
@@ -135,3 +192,15 @@ def test_scorers_compare_what_follows_the_thought(name: str) -> None:
     asked = Completion(ASKED, "")
     example = template.encode(asked, "last", where="rows.jsonl:1")
     assert example.ids[: example.prompt_length].tolist() == template.prompt(asked)
+
+
+@pytest.mark.nightly
+def test_all_templates_render_thoughts_as_transformers_does() -> None:
+    counts: Counter[str] = Counter()
+    for name in sorted(set(all_template_names()) - WITHOUT_PROMPT - NOT_COMPARED):
+        for setting, arguments, kind in cells(name):
+            counts[check(name, setting, arguments, kind)] += 1
+    can_write = {key: n for key, n in counts.items() if "can write" in key}
+    refused = sum(n for key, n in can_write.items() if key.startswith("refused"))
+    assert sum(counts.values()) > 1000
+    assert refused <= 0.1 * sum(can_write.values())

@@ -112,6 +112,7 @@ class ThoughtStyle:
         Args:
             text: the answer after the generation prompt, with special tokens.
         """
+        whole = text
         text = text.lstrip()
         asked = parse_block(self.prompt)
         begin = self.begin.strip()
@@ -123,7 +124,10 @@ class ThoughtStyle:
         elif place := find_thought(text):
             text = text[place.rest :]
         text = text.lstrip().removeprefix(self.without.strip()).lstrip()
-        return text.rstrip().removesuffix(self.after.strip()) if self.after.strip() else text
+        if self.after.strip():
+            text = text.rstrip().removesuffix(self.after.strip())
+        # Without a thought and text of the template, the answer keeps its whitespace.
+        return whole if text == whole.lstrip() else text
 
 
 DEFAULT_STYLE = ThoughtStyle()
