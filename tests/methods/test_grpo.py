@@ -219,6 +219,8 @@ def test_the_loss_is_that_of_trl(
         arguments = GRPOConfig(
             output_dir=str(tmp_path), use_cpu=True, report_to=[], beta=beta, loss_type=variant,
             per_device_train_batch_size=12, num_generations=4, max_completion_length=20, bf16=False,
+            # cispo clips the ratio, which is 1, to at most `epsilon_high`: 5 in its paper.
+            epsilon_high=5.0,
         )  # fmt: skip
         trainer = GRPOTrainer(
             model=model.model, args=arguments, reward_funcs=lambda **_: [0.0],
