@@ -298,8 +298,16 @@ DECIDED: list[tuple[Any, list[str], int, dict[str, str]]] = [
 def test_what_rows_and_ranks_decide(rows, words, ranks, expected, home):
     if rows:
         write_rows(home / "rows.jsonl", rows)
-    run = make_recipe("small", "rows.jsonl" if rows else "faq.csv", words, ranks=ranks).run
+    file = "rows.jsonl" if rows else "faq.csv"
+    (home / "r.py").write_text("def f(answer, row):\n    return 1.0\n")
+    run = make_recipe("small", file, words, ranks=ranks).run
     assert {key: str(attrgetter(key)(run)) for key in expected} == expected
+    # The scorers of sampled answers get the columns that are not part of the prompt.
+    is_scored = run.method.name == "grpo"
+    assert (
+        draft_recipe("small", file, words).about_data.endswith("only for the scorers: target")
+        == is_scored
+    )
 
 
 @pytest.mark.parametrize(("letters", "seq_len"), [(400, 256), (2000, 512), (40_000, 2048)])

@@ -58,7 +58,8 @@ class Draft:
         name = self.run.data.train[0].source
         if is_local(name):
             name = Path(name).name
-        parts = [count_of(len(self.rows), "row"), self.rows.layout, self.layout.describe()]
+        layout = self.layout.describe(has_scorers=self.run.samples_answers)
+        parts = [count_of(len(self.rows), "row"), self.rows.layout, layout]
         return f"{name}: {', '.join(filter(None, parts))}"
 
     @property

@@ -58,9 +58,12 @@ class Detected:
         """Columns whose name in the file differs from the format's name."""
         return {name: column for name, column in self.columns.items() if name != column}
 
-    def describe(self) -> str:
+    def describe(self, *, has_scorers: bool = False) -> str:
         """Return text such as `columns question, answer -> prompt-completion (prompt =
         question)`.
+
+        Args:
+            has_scorers: whether the run has scorers, which get all columns.
         """
         noun = "columns" if len(self.columns) > 1 else "column"
         columns = ", ".join(self.columns.values())
@@ -69,7 +72,8 @@ class Detected:
         if renamed:
             text += f" ({', '.join(renamed)})"
         if self.ignored:
-            text += f"; ignored: {', '.join(self.ignored)}"
+            use = "only for the scorers" if has_scorers else "ignored"
+            text += f"; {use}: {', '.join(self.ignored)}"
         return text
 
 
