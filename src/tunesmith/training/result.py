@@ -241,7 +241,7 @@ def stopped_by(
         saved_text = " before the first step"
         where = ""
         why = "there was nothing to save yet"
-    fix = how_to_start_again(signal)
+    fix = how_to_start_again(None)
     more: dict[str, object] = {}
     cause = ""
     error_class = StoppedError
@@ -262,6 +262,7 @@ def stopped_by(
     else:
         reason = "signal"
         what = f"stopped by {signal}"
+        fix = how_to_start_again(signal)
         # Slurm sends these signals when it preempts a job, and for its option `--signal`.
         if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
             cause = "preempted"
