@@ -412,12 +412,13 @@ def test_a_second_signal_ends_a_blocked_step_and_tells_what_is_saved(file: Path,
         wait_for((out / LOADED).exists, process)
         for _ in range(2):
             os.kill(process.pid, signal.SIGTERM)
-            time.sleep(0.5)
+            time.sleep(2.0)  # a busy machine may read two quick signals as one request
         printed = "".join(process.communicate(timeout=TIME))
     finally:
         process.kill()
     assert process.returncode == 130, printed
-    assert lines_with(printed, "SIGTERM", "step 4")
+    assert lines_with(printed, "stopped", "SIGTERM")
+    assert lines_with(printed, "why", "step 4")
     assert read_object(out / "stopped.json", Stopped)["step"] == 4
     assert run_warm(words).returncode == 0
     assert read_object(out / "final" / "manifest.json", Manifest)["step"] == 6
