@@ -304,10 +304,7 @@ def test_what_rows_and_ranks_decide(rows, words, ranks, expected, home):
     assert {key: str(attrgetter(key)(run)) for key in expected} == expected
     # The scorers of sampled answers get the columns that are not part of the prompt.
     is_scored = run.method.name == "grpo"
-    assert (
-        draft_recipe("small", file, words).about_data.endswith("only for the scorers: target")
-        == is_scored
-    )
+    assert draft_recipe("small", file, words).about_data.endswith("scorers: target") == is_scored
 
 
 @pytest.mark.parametrize(("letters", "seq_len"), [(400, 256), (2000, 512), (40_000, 2048)])
