@@ -13,7 +13,7 @@ import pytest
 
 from errors import refuses
 from recipes import make_run, merge
-from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir
+from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, run_files
 from tunesmith.errors import UsageError
 from tunesmith.run_dir import LOCK, ROLLOUTS, rollout_files
 from tunesmith.training.run import train
@@ -57,6 +57,14 @@ def test_a_folder_with_files_that_a_run_would_overwrite_is_refused(tmp_path: Pat
     own.touch()
     with refuses(UsageError, where=str(tmp_path / "run")):
         check_run_dir(tmp_path / "run")
+
+
+def test_a_folder_of_wandb_is_a_runs_only_beside_its_id(tmp_path: Path) -> None:
+    folder, id_file = tmp_path / "wandb", tmp_path / "wandb-id.txt"
+    folder.mkdir()
+    assert run_files(tmp_path) == []
+    id_file.touch()
+    assert run_files(tmp_path) == [folder, id_file]
 
 
 def test_a_folder_that_the_run_reads_and_the_root_folder_are_refused(tmp_path: Path) -> None:

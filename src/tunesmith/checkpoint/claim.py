@@ -47,7 +47,16 @@ NAMED_FILES = 5  # maximum number of file names in an error message
 LOCK_CONTENT = b"a run of tunesmith\n"  # content of .lock after a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
 # Files and folders that a run can write before env.json.
-WRITTEN_BEFORE_IDENTITY = (RUNNING, STOPPED, FAILURE, METRICS, LOG, TENSORBOARD, *TRACKER_IDS)
+WRITTEN_BEFORE_IDENTITY = (
+    RUNNING,
+    STOPPED,
+    FAILURE,
+    METRICS,
+    LOG,
+    TENSORBOARD,
+    "wandb",
+    *TRACKER_IDS,
+)
 # All files and folders that a run or `eval` writes into a run directory, except checkpoints and the
 # metrics of other ranks. Every start, --fresh and resume looks only at these names.
 WRITTEN = (
@@ -61,7 +70,6 @@ WRITTEN = (
     RECIPE,
     ROLLOUTS,
     SAMPLES,
-    "wandb",
 )
 _RANK_METRICS = r"metrics-rank\d+\.jsonl"
 
@@ -85,7 +93,11 @@ def run_files(output_dir: Path) -> list[Path]:
     """
     if not output_dir.is_dir():
         return []
-    return sorted(path for path in output_dir.iterdir() if _RUN_NAME.fullmatch(path.name))
+    files = {path for path in output_dir.iterdir() if _RUN_NAME.fullmatch(path.name)}
+    # Other programs also write a folder wandb/. A run that uses W&B stores its id beside it.
+    if output_dir / "wandb-id.txt" not in files:
+        files.discard(output_dir / "wandb")
+    return sorted(files)
 
 
 def is_run(output_dir: Path) -> bool:
