@@ -31,7 +31,6 @@ from typing import NoReturn
 
 from tunesmith._version import __version__
 from tunesmith.config.row_settings import rows_set_by
-from tunesmith.config.trust import TRUSTS_CODE
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -306,6 +305,9 @@ def dispatch(words: list[str]) -> int:
         prepare_threads()
     # A command without a recipe, such as `generate`, takes its rows from options.
     names_recipe = not vars(args).keys().isdisjoint(("recipe", "overrides"))
+    # Not at the top, because it imports the YAML parser, which `--help` does not need.
+    from tunesmith.config.trust import TRUSTS_CODE
+
     trust = TRUSTS_CODE.set(bool(vars(args).get("trust_remote_code")))
     try:
         with rows_set_by(option=not names_recipe or bool(vars(args).get("data"))):

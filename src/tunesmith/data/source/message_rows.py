@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-import numpy as np
-
 from tunesmith.data.rows.columns import MESSAGE_TEXT, SPEAKER, is_absent, plain, role_of
 from tunesmith.data.source.table import Row, Rows, Table
 from tunesmith.errors import DataError
@@ -55,6 +53,9 @@ def group_messages(table: Table) -> Table:
     speaker, groups = _find_groups(rows, columns, conversation)
     if not speaker:
         return table
+    # Not at the top, because pages of help import this module.
+    import numpy as np
+
     order = np.argsort(groups, kind="stable")
     ends = np.cumsum(np.bincount(groups))
 
