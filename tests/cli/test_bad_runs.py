@@ -285,6 +285,7 @@ def test_a_fix_for_a_full_disk_is_one_that_helps(
 ) -> None:
     """Four checkpoints have room; three more than are kept may be there at once."""
     size = 1000 * (4 + checkpoint_bytes_per_parameter(load_recipe(world.recipe()).train, 4))
+    size += sum(file.stat().st_size for file in world.tiny.glob("tokenizer*"))
     usage = shutil._ntuple_diskusage(10**12, 0, int(size * 4))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(plan_stage, "count_trained", lambda run, model: 1000)

@@ -168,20 +168,22 @@ def test_paths_without_a_model_are_told(
 def test_a_name_that_is_neither_a_folder_nor_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a folder without runs/, runs/none could be an id on the Hub."""
+    """It could be an id on the Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with refuses(UsageError, where="runs/none", fix=["HF_HUB_OFFLINE=0 tunesmith fetch runs/none"]):
-        locate_run("runs/none")
+    with refuses(
+        UsageError, where="someone/none", fix=["HF_HUB_OFFLINE=0 tunesmith fetch someone/none"]
+    ):
+        locate_run("someone/none")
     # The Hub may have it, so what it stands for is known once it is loaded; evaluate needs more.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    location = locate_run("runs/none")
+    location = locate_run("someone/none")
     assert location.holds == "base"
     with refuses(UsageError, names=[location.note]):
-        require_held_out(location, "runs/none")
-    (tmp_path / "hub" / "models--runs--none").mkdir(parents=True)
-    assert locate_run("runs/none").note != location.note
+        require_held_out(location, "someone/none")
+    (tmp_path / "hub" / "models--someone--none").mkdir(parents=True)
+    assert locate_run("someone/none").note != location.note
 
 
 def test_opened_model_is_that_of_peft(run: Path, tiny: Path) -> None:

@@ -67,7 +67,7 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
         raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix=fix)
     # The name of a shipped recipe can have a dot, as in llama3.1-8b-lora.
     name = path.name.removesuffix(".yaml").removesuffix(".yml")
-    near = (name != path.name and find_similar_path(path)) or nearest(name, recipes)
+    near = (path.suffix and find_similar_path(path)) or nearest(name, recipes)
     fix = (
         "list the shipped recipes with `tunesmith recipes`, or train without a recipe: "
         "`tunesmith train --model demo --data faq.csv`"
