@@ -121,7 +121,12 @@ _OPTION = re.compile(
     r"--(?:(columns|format|score|quant|split|device|dtype|output|data) ('[^']*'|[^\s,;?)]+)"
     r"|([a-z][a-z-]+))"
 )
-_ARGUMENT_NAMES = {"score": "scorers", "format": "format_name", "input": "rows"}
+_ARGUMENT_NAMES = {
+    "score": "scorers",
+    "format": "format_name",
+    "input": "rows",
+    "trust-remote-code": "trust_remote_code=True",
+}
 
 
 def in_words_of_python(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -81,16 +81,16 @@ def test_a_run_of_a_stranger_runs_no_code(
     if function:
         with pytest.raises(UsageError) as refused:
             function(run)
-        text = str(refused.value)
+        text, consent = str(refused.value), "trust_remote_code=True"
     else:
         places = {"RUN": run, "ROWS": stranger / "run-rows.jsonl", "OUT": tmp_path / "out"}
         for key, place in places.items():
             action = action.replace(key, str(place))
         done = invoke(*action.split())
         assert done.code == EXIT_USAGE
-        text = done.err
+        text, consent = done.err, "--trust-remote-code"
     code = {"run": ("model.trust_remote_code", stranger / "base"), "rl": ("method.reward", stranger / "own.py")}  # fmt: skip
-    assert holds(text, *code[name], "--trust-remote-code", run / "config.yaml")
+    assert holds(text, *code[name], consent, run / "config.yaml")
     assert not (stranger / "ran").exists()
 
 

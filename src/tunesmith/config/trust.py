@@ -51,8 +51,7 @@ def untrusted_code(key: str, named: str, where: str) -> RecipeError:
         where=where,
         why=f"this key runs Python code of {named}, and only your own recipe or command can allow "
         "that",
-        fix="review the code, then add --trust-remote-code to the command, or "
-        "trust_remote_code=True in Python",
+        fix="review the code, then add --trust-remote-code",
     )
 
 
