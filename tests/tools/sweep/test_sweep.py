@@ -311,14 +311,16 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch_and_dtype(
     chip, file = Chip("cpu", 64.0), write_recipe(tiny, tmp_path, model={"dtype": "auto"})
     with monkeypatch.context() as patch:
         patch.setattr(plan_stage, "chip_of", lambda device, ranks: replace(chip, bf16=False))
-        patch.setattr("tunesmith.training.result.is_launched", lambda: True)
+        patch.setattr("tunesmith.distributed.ranks.is_launched", lambda: True)
         interrupted(patch, 1, lacks_memory)
         with refuses(LowMemoryError, where="checkpoint-1", cause="memory") as caught:
             sweep(file, [RATES])
     size = json.loads((tmp_path / "sweep" / SWEEP).read_text())["fixed"]["micro_batch"]
     assert holds(caught.value.fix, size)
     assert caught.value.exit_code == 0
-    monkeypatch.setattr(sweep_cli, "run_agent", lambda words: told.append(words) or 0)
+    # The agent returns the exit code of its ranks.
+    codes = iter([EXIT_STOPPED, 0])
+    monkeypatch.setattr(sweep_cli, "run_agent", lambda words: told.append(words) or next(codes))
     words = ["sweep", str(file), RATES, "--json"]
     assert invoke(*words, "--ranks", "2").code == EXIT_STOPPED
     assert told == [["--ranks", "2", "--", *words]]
