@@ -195,6 +195,10 @@ class StopRequest:
         when = self.when()
         fix = how_to_start_again(self.signal)
         why = "there was nothing to save yet"
+        if self.now:
+            # Steps may have been trained that no checkpoint contains.
+            when = "at once, because the signal came twice"
+            why = "no checkpoint was written yet"
         step = self.saved_step()
         if step:
             why = f"step {step} is saved"
