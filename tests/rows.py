@@ -28,6 +28,7 @@ class Simple:
     raw = False
     jinja = None
     pictures = None
+    samples_answers = False
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from tunesmith.distributed.failure_report import FailureReport
@@ -29,7 +31,7 @@ def test_a_fault_that_is_raised_is_not_printed(capsys: pytest.CaptureFixture[str
 def test_a_stop_of_another_rank_ends_with_the_code_of_this_start() -> None:
     for code in (EXIT_STOPPED, EXIT_OK):
         report = FailureReport()
-        report.stopped_code = code
+        report.stopped_code = partial(int, code)
         report.decide(KILLED | {"stopped": True}, 0, reports=False, is_raised=False)
         assert isinstance(report.fault, StoppedEarlyError)
         assert report.fault.exit_code == code
