@@ -27,7 +27,9 @@ BATCH = ["data.seq_len=256", "train.global_batch=512 tokens", "train.micro_batch
 @pytest.mark.slow
 def test_a_shape_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "small", Shape("a test", SMALL))
-    lines = [{"instruction": f"Count to {n}", "input": "", "output": "1 2 " * n} for n in range(30)]
+    lines = [
+        {"instruction": f"Count to {n}", "input": "", "output": "1 2 " * n} for n in range(1, 31)
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(lines))
     out, traces, rows = tmp_path / "out.json", tmp_path / "traces", tmp_path / "rows.json"
     words = ("bench", "--shape", "small", "--data", rows, *BATCH, "model.dtype=fp32", "--tokenizer")
