@@ -18,7 +18,6 @@ The report is written after each case.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
@@ -27,12 +26,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_terms import GPU_WORK, product_dimensions
+from step_reports import measure_cases
 
 from tunesmith.build_model import build_model
 from tunesmith.hub.fetch import spec_of_folder
@@ -44,7 +45,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model.shapes import find_shape
 from tunesmith.planning.resolve import inference_plan, resolve_dtype
-from tunesmith.runtime.device import chip_of, choose_device, free_device_memory
+from tunesmith.runtime.device import chip_of, choose_device
 from tunesmith.runtime.host import bound_shape_caches
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
 
@@ -163,26 +164,13 @@ def main() -> None:
         plan = inference_plan(run, files, device)
         root, _ = build_model(run, files, plan, weights="random")
         root.eval()
-        report: dict[str, Any] = {"errors": {}}
+        cases = {}
         for slots in args.slots:
-            case = f"{slots} slots"
             trace = Path(name) / "trace.json" if slots == args.profile_slots else None
-            try:
-                found = report[case] = decode_case(root, files.tokenizer, slots, args, trace)
-                print(
-                    f"{case}: median {found['median_ms']:.1f} ms per token, maximum after the first "
-                    f"five {found['longest_ms_after_five']:.1f} ms; "
-                    f"{found['answer_tokens_per_second']:.0f} tokens/s",
-                    flush=True,
-                )
-            except Exception as error:  # the next case is measured anyway
-                report["errors"][case] = repr(error)[:2000]
-                print(f"{case}: {error!r}", flush=True)
-            gc.collect()
-            free_device_memory()
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if report["errors"]:
-        raise SystemExit(1)
+            cases[f"{slots} slots"] = partial(
+                decode_case, root, files.tokenizer, slots, args, trace
+            )
+        measure_cases(cases, args.json)
 
 
 if __name__ == "__main__":

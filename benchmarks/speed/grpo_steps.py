@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from step_reports import measure_cases
 from torch._dynamo.utils import counters
 
 from tunesmith.checkpoint.resume import Start
@@ -30,7 +31,6 @@ from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
 from tunesmith.model.shapes import find_shape
 from tunesmith.presentation.start import choices_line
-from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import bound_shape_caches
 from tunesmith.stages.request import Request
 from tunesmith.tools.bench.measure import BenchPlan
@@ -65,6 +65,8 @@ def sharpen_attention(session: Session) -> int:
 
 def measure_case(args: argparse.Namespace, quantize: str, folder: Path) -> dict[str, Any]:
     """Train `--steps` steps. Return the figures of each step."""
+    torch.compiler.reset()
+    counters.clear()
     (folder / "model").mkdir(parents=True)
     (folder / "run").mkdir()
     write_shape(folder / "model", find_shape(args.shape).config, args.tokenizer)
@@ -117,22 +119,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
     bound_shape_caches()
-    report: dict[str, Any] = {"errors": {}}
     with tempfile.TemporaryDirectory(prefix="tunesmith-grpo-") as name:
-        for case in args.only:
-            torch.compiler.reset()
-            counters.clear()
-            try:
-                report[case] = measure_case(args, CASES[case], Path(name) / case)
-                print(f"{case}: {json.dumps(report[case])}", flush=True)
-            except Exception as error:  # the next case is measured anyway
-                report["errors"][case] = repr(error)[:2000]
-                print(f"{case}: {error!r}", flush=True)
-            gc.collect()
-            free_device_memory()
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if report["errors"]:
-        raise SystemExit(1)
+        cases = {
+            case: partial(measure_case, args, CASES[case], Path(name) / case) for case in args.only
+        }
+        measure_cases(cases, args.json)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Reader of the steps' reports in a GPU session: JSON files, results of GPU tests, and profiles."""
+"""Reports of the steps of a GPU session: JSON files, results of GPU tests, and profiles."""
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +19,36 @@ TEST_LINE = re.compile(r"(?P<test>tests/\S+::.*?) (?P<state>PASSED|FAILED|ERROR|
 TEST_LINE_OF_WORKER = re.compile(
     r"\] (?P<state>PASSED|FAILED|ERROR|SKIPPED) (?P<test>tests/\S+::.*)"
 )
+
+
+def measure_cases(
+    cases: Mapping[str, Callable[[], Any]], file: Path, facts: Mapping[str, Any] = {}
+) -> None:
+    """Measure the cases of a step. Write the report after each case, because a step can be killed.
+
+    Args:
+        cases: the name of each case, and the function that measures it and returns its report.
+        file: JSON file of the report. Its key `errors` has the cases that failed.
+        facts: further keys and values of the report.
+
+    Raise SystemExit with status 1 at the end if a case failed.
+    """
+    # Not at the top, because gpu_session.py reads reports before the packages are unpacked.
+    from tunesmith.runtime.device import free_device_memory
+
+    report: dict[str, Any] = {**facts, "errors": {}}
+    for case, measure in cases.items():
+        try:
+            report[case] = measure()
+            print(f"{case}: {json.dumps(report[case])}", flush=True)
+        except Exception as error:  # the next case is measured anyway
+            report["errors"][case] = repr(error)[:2000]
+            print(f"{case}: {error!r}", flush=True)
+        gc.collect()
+        free_device_memory()
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if report["errors"]:
+        raise SystemExit(1)
 
 
 def read_report(work: Path, name: str, log: Path) -> dict[str, Any] | None:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from step_reports import measure_cases
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -186,20 +187,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     device = choose_device()
-    report: dict[str, Any] = {"torch": torch.__version__, "public": HAS_LENGTHS, "errors": {}}
+    cases = {}
     for slots in SLOTS:
         for window in WINDOWS:
-            case = f"{slots} slots, window {window}"
             sizes = (4, 32) if args.small else (slots, ROOM)
-            try:
-                report[case] = measure_case(*sizes, window, device)
-                print(f"{case}: {json.dumps(report[case])}", flush=True)
-            except Exception as error:  # the next case is measured anyway
-                report["errors"][case] = repr(error)[:2000]
-                print(f"{case}: {error!r}", flush=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if report["errors"]:
-        raise SystemExit(1)
+            measure = partial(measure_case, *sizes, window, device)
+            cases[f"{slots} slots, window {window}"] = measure
+    measure_cases(cases, args.json, {"torch": torch.__version__, "public": HAS_LENGTHS})
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def run_files(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     files = {path for path in output_dir.iterdir() if _RUN_NAME.fullmatch(path.name)}
-    # Other programs also write a folder wandb/. A run that uses W&B stores its id beside it.
+    # Other programs also write a folder wandb/. It belongs to a run only if the run's file with
+    # the W&B id is next to it.
     if output_dir / "wandb-id.txt" not in files:
         files.discard(output_dir / "wandb")
     return sorted(files)

@@ -1,4 +1,4 @@
-"""Whose code a command runs: model classes and scorers of another person need the user's consent.
+"""Consent to run Python code of another person: model classes and scorers.
 
 The user consents by --trust-remote-code, by naming the code in the command, or by naming it in a
 recipe of their own.
@@ -20,8 +20,8 @@ from tunesmith.host.files import cache_folder
 
 # Whether the command has --trust-remote-code.
 TRUSTS_CODE = ContextVar("TRUSTS_CODE", default=False)
-# The resolved recipe of a run directory, and names of files beside it. A recipe beside one of them
-# is a run's.
+# Name of the resolved recipe in a run directory, and names of other files there. A recipe with this
+# name next to one of these files belongs to a run.
 RUN_RECIPE = "config.yaml"
 _OF_A_RUN = ("env.json", "metrics.jsonl", "final", "checkpoint-*", "rollouts", "adapter_*")
 

@@ -69,7 +69,7 @@ def figure_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """
     figures: list[tuple[str, Sequence[Figure]]] = []
     for name, figure in FIGURE_ROWS.items():
-        # The losses of a run with rewards say nothing beside the rewards.
+        # Omit the losses of a run that has rewards, because its loss does not measure quality.
         is_loss = "loss" in name
         cells = [None if is_loss and run.figures.reward_text else figure(run) for run in runs]
         figures.append((name, cells))

@@ -81,7 +81,8 @@ def _cached_scorer(name: str, call_reader: CallReader | None) -> Scorer | OwnSco
     """Load a scorer once in the process, because loading a file of the user may take seconds."""
     if name in SCORERS:
         return find_scorer(name, call_reader)
-    # The file can import files beside it, as `python rewards.py` can.
+    # Add the folder to sys.path, as `python rewards.py` does, so that the file can import other
+    # files in its folder.
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(own_scorer_file(name)[0].absolute().parent))
     return load_own_scorer(name)

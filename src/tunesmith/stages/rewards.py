@@ -45,13 +45,16 @@ def reward_digest(run: Run) -> str:
         else:
             file, _, function = name.rpartition(":")
             digest.update(function.encode() + Path(file).read_bytes())
-            for imported in _imported_beside(Path(file)):
+            for imported in _local_imports(Path(file)):
                 digest.update(imported.read_bytes())
     return digest.hexdigest()
 
 
-def _imported_beside(file: Path) -> list[Path]:
-    """Return the files beside a scorer that it imports, also indirectly. No code is executed."""
+def _local_imports(file: Path) -> list[Path]:
+    """Return the files in the folder of a scorer that it imports, directly or indirectly.
+
+    The files are parsed and not executed.
+    """
     finder = ModuleFinder([str(file.parent)])
     # An error in the syntax is reported when the file is loaded.
     with suppress(SyntaxError, ValueError):
