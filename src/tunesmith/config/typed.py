@@ -61,14 +61,14 @@ def parse_run(layer: RecipeLayer) -> tuple[Run | None, dict[str, RecipeError]]:
     run, wrong = _validate(layer.values)
     if _is_of_other_tool(layer, wrong):
         return None, _explain_other_tool(layer, wrong)
-    errors = {}
-    values = deepcopy(layer.values)
-    for key, error in wrong.items():
-        errors[key] = _explain(layer, key, error)
-        path = _path(layer.values, error)
-        if path:
-            _section(values, path).pop(path[-1])
+    errors = {key: _explain(layer, key, error) for key, error in wrong.items()}
     if wrong:
+        values = deepcopy(layer.values)
+        # Reverse order removes a value before the section around it, and the last items of a list
+        # first, so that the indices of the others stay.
+        paths = {tuple(_path(values, error)) for error in wrong.values()} - {()}
+        for path in sorted(paths, reverse=True):
+            _section(values, path).pop(path[-1])
         run, _ = _validate(values)
     return run, errors
 
