@@ -32,8 +32,8 @@ MAX_BYTES = 256 << 10
 MAX_DEPTH = 20
 # Maximum number of open brackets. ruamel needs minutes for 100,000 open brackets before it fails.
 MAX_OPEN = 200
-# Maximum number of digits of an integer.
-MAX_DIGITS = 300
+# Maximum number of digits of an integer. A float can hold 16**250.
+MAX_DIGITS = 250
 # Maximum number of values after aliases are expanded. Without this limit, nine lines of nested
 # aliases could expand to a billion values.
 MAX_NODES = 10_000
