@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ruamel.yaml import YAML
 
 from errors import holds, refuses
 from logged import logged_lines
+from tunesmith.config import check
 from tunesmith.config.layers import override_layer, override_words
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys, nearest, other_tools
@@ -345,3 +347,22 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             load_recipe(path)
         assert (caught.value.where, fix in caught.value.fix) == (str(place), True)
+
+
+def test_rules_name_keys_and_facts() -> None:
+    """A misspelled name in rules.json would be a rule that never applies."""
+    derived = {"amount", "unit", "count", "repeated", "largest", "sources", "all", "embed", "twice"}
+    for rule in check._rules():
+        conditions = {**rule["if"], **rule.get("unless", {})}
+        texts = " ".join(rule.get(part, "") for part in ("what", "fix", "why"))
+        limits = [
+            value.partition(" ")[2]
+            for value in conditions.values()
+            if "." in value and isinstance(value, str)
+        ]
+        for name in (*conditions, *limits, *re.findall(r"\{([\w.]+)\}", texts)):
+            for key in rule["keys"]:
+                whole = check._absolute(name, key)
+                base, _, suffix = whole.rpartition(".")
+                is_known = whole in keys() or (base in keys() and suffix in derived)
+                assert is_known or whole in ("row_tokens", "key"), (key, name)
