@@ -16,7 +16,6 @@ from tunesmith.data.compare.row_checks import place
 from tunesmith.data.compare.splits import SourceRows, Splits
 from tunesmith.data.rows.columns import plain
 from tunesmith.data.rows.formats import SPLIT_COLUMNS
-from tunesmith.data.rows.labels import rates_answers
 from tunesmith.data.source.open_source import is_local
 from tunesmith.data.source.table import Rows
 from tunesmith.data.text import builtin_templates
@@ -401,14 +400,11 @@ def _bad_rows(data: TrainingData) -> Iterator[str]:
 
 
 def _unread_columns(data: TrainingData) -> Iterator[str]:
-    """Yield a warning about columns and message keys that may be important but are not read.
-
-    Columns that may rate the answers come first.
-    """
+    """Yield a warning about columns and message keys that may be important but are not read."""
     names = []
     columns = [part.source.columns.values() for _, part in data.sources() if part.source]
     unread = _sum_rows(data, lambda part: part.counts.unread)
-    for name in sorted(unread, key=lambda name: not rates_answers(name)):
+    for name in sorted(unread):
         count, where = unread[name]
         # A recipe that maps the chosen answers leaves out the rejected answers on purpose.
         is_left_out = name == "rejected" and any("chosen" in mapped for mapped in columns)

@@ -18,8 +18,6 @@ from tunesmith.config.schema import Source
 from tunesmith.data.rows.columns import is_absent, is_harmless, plain, role_key_of
 from tunesmith.data.rows.labels import (
     check_no_bad_label,
-    grades_of,
-    has_other_preference,
     read_label,
 )
 from tunesmith.data.rows.messages import (
@@ -85,16 +83,11 @@ def convert_row(
     reader.column_pictures = read_column_pictures(reader)
     samples = _ROW_READERS[source.format](reader)
     is_answered = source.format not in ("preference", "feedback", "text", "prompt")
-    grades: tuple[str, ...] = ()
-    is_other = False
     check_media(reader)
     if is_trained:
         check_row_mask(reader)
         if is_answered:
             check_no_bad_label(reader)
-            grades = grades_of(reader)
-        elif source.format == "preference":
-            is_other = has_other_preference(reader)
     if unread is not None:
         unread |= reader.unread
         conversations = [sample for sample in samples if isinstance(sample, Conversation)]
@@ -108,7 +101,7 @@ def convert_row(
     if is_trained and is_answered:
         for sample in completed:
             check_answers(reader, sample)
-    return RowSamples(completed, is_answered, reader.is_good, grades, is_other)
+    return RowSamples(completed, is_answered, reader.is_good)
 
 
 def _is_held_out(column: str, value: object) -> bool:

@@ -149,15 +149,11 @@ class RowSamples:
         is_answered: whether the row is a prompt with one answer to learn. False for pairs, labeled
             answers and plain text.
         is_good: whether the answer is labeled good. None if the row has no label.
-        grades: name and number of each column that can grade the answer, such as `rating 1`.
-        has_other_preference: whether the scores of a pair contradict its preference.
     """
 
     samples: tuple[Sample, ...]
     is_answered: bool
     is_good: bool | None
-    grades: tuple[str, ...]
-    has_other_preference: bool
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

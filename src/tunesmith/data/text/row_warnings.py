@@ -45,11 +45,6 @@ ROW_WARNINGS = {
         fix="delete the prompt from the answers; if both answers of a pair begin with it, you can"
         " delete the column prompt instead",
     ),
-    "other_preference": RowWarning(
-        what="scores that contradict the preference, or are equal",
-        why="the rejected answer has a higher score than the chosen answer, or the same score",
-        fix="swap the answers of these rows, or delete the rows",
-    ),
     "written_turns": RowWarning(
         what="a question that ends with the start of an answer, such as Assistant:",
         why="it was written for a prompt without a template, but the template renders all of it as"

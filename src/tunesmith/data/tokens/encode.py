@@ -58,14 +58,12 @@ class EncodedRow(NamedTuple):
     Attributes:
         warnings: names in ROW_WARNINGS that apply to the row.
         unread: names of columns and of message keys that tunesmith does not read.
-        grades: see `RowSamples`.
     """
 
     example: Example
     warnings: list[str]
     prompt: Prompt
     unread: tuple[str, ...] = ()
-    grades: tuple[str, ...] = ()
 
 
 class _ReadRow(NamedTuple):
@@ -156,9 +154,7 @@ class RowEncoder:
         if is_compared and self.train_on != "all":
             prompt = self._check_prompt(samples[0], example)
         warnings = [*row_warnings(samples[0], raw=self.template.raw), *row.lost, *example.flaws]
-        if row.row.has_other_preference:
-            warnings.append("other_preference")
-        return EncodedRow(example, warnings, prompt, row.unread, row.row.grades)
+        return EncodedRow(example, warnings, prompt, row.unread)
 
     def _read(self, values: Row | TunesmithError, place: str) -> "_ReadRow | DataError":
         """Convert a row to samples. Return the error if this is impossible."""

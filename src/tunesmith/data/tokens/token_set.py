@@ -56,8 +56,6 @@ class TokenCounts:
         flaws: rows with a problem, by the problem's name in ROW_WARNINGS.
         unread: rows with columns and message keys that tunesmith does not read, by the name of the
             column or key.
-        grades: rows with a value in a column that may rate the answer, by column and value, such as
-            `rating 1`.
         control_tokens: rows whose text contains a special token, by token.
         bad: number of rows that were skipped because they cannot be read or rendered
             (data.bad_rows: skip).
@@ -84,7 +82,6 @@ class TokenCounts:
     prompts_apart: int = 0
     flaws: RowsByName = field(default_factory=dict)
     unread: RowsByName = field(default_factory=dict)
-    grades: RowsByName = field(default_factory=dict)
     control_tokens: RowsByName = field(default_factory=dict)
     bad: int = 0
     bad_rows: list[tuple[int, str]] = field(default_factory=list)

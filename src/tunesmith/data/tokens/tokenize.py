@@ -17,7 +17,6 @@ import numpy as np
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.bad_rows import LISTED, BadRows, error_of_sources
 from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.labels import check_grades
 from tunesmith.data.rows.samples import pictures_of
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 
 # Version of the cache format. Increase it if a change of the code gives other tokens for the same
 # rows, or if the format of the files changes.
-TOKENS_VERSION = 21
+TOKENS_VERSION = 22
 # Maximum number of rows and of characters in a tokenizer call. The limits save memory, because the
 # call uses about 50 bytes per character.
 _BATCH_ROWS = 256
@@ -242,7 +241,6 @@ def _tokenize_rows(
     named: dict[str, RowsByName] = {
         "flaws": {},
         "unread": {},
-        "grades": {},
         "control_tokens": {},
     }
     bad = BadRows(len(rows))
@@ -261,7 +259,7 @@ def _tokenize_rows(
             if row.prompt == "supervised":
                 leaks.append(len(writer))
             example = row.example
-            row_names = (row.warnings, row.unread, row.grades, sorted(example.control_tokens))
+            row_names = (row.warnings, row.unread, sorted(example.control_tokens))
             for rows_by_name, names in zip(named.values(), row_names, strict=True):
                 for name in names:
                     rows_by_name.setdefault(name, [0, i])[0] += 1
@@ -282,7 +280,6 @@ def _tokenize_rows(
     # usable, raise the error even if the recipe skips bad rows.
     if bad and (data.bad_rows == "error" or len(bad) == len(rows)):
         raise _RefusedRowsError(bad)
-    check_grades(named["grades"], rows, source)
     arrays = writer.arrays()
     if lengths:
         counts["longest"] = max(lengths)
