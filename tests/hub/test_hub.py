@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from errors import check_shown, holds, lines_with
+from errors import lines_with
 from invoke import invoke
 from warm import read_hub_settings, run_warm
 
@@ -163,7 +163,7 @@ def fetch(tmp_path: Path):
     return call
 
 
-def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
+def test_look_and_bring(fetch, files, tmp_path: Path) -> None:
     total = sum(len(data) for data in files.values())
     with StandIn({NAME: Repo(files)}) as hub:
         code, out, err = fetch(NAME, "--dry-run", "--json", hub=hub)
@@ -185,17 +185,6 @@ def test_look_bring_list_remove(fetch, files, tmp_path: Path) -> None:
     code, out, _ = fetch(NAME)
     assert code == 0
     assert brought["folder"] in out
-
-    code, out, err = fetch("--list", "--json")
-    held = json.loads(out)
-    assert [(h["name"], h["kind"]) for h in held] == [(NAME, "model")]
-    code, out, err = fetch("--remove", "someone/tiney")
-    assert code == 2
-    check_shown(err, where="--remove", names=["someone/tiney"], fix=[NAME])
-    code, out, _ = fetch("--remove", NAME)
-    assert (code, holds(out, "model", NAME)) == (0, True)
-    assert not Path(brought["folder"]).exists()
-    assert fetch("--list", "--json")[1].strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,10 @@ example:
   tunesmith fetch smollm2-135m-lora  # the model and the data of a recipe
   # license, access and sizes; downloads nothing
   tunesmith fetch Qwen/Qwen3-8B --dry-run
-  tunesmith fetch --list
-  tunesmith fetch --remove Qwen/Qwen3-8B
-  ssh spark-b tunesmith fetch --remove "'meta-llama/*'" --dry-run
 
-An interrupted download resumes where it stopped. The variable HF_HOME is the
-folder of the cache, and HF_TOKEN is your access token.
+An interrupted download resumes where it stopped. `hf cache ls` lists the
+cache, and `hf cache rm` deletes from it. The variable HF_HOME is its folder,
+and HF_TOKEN is your access token.
 """
 
 import argparse
@@ -40,30 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only check license, access and disk, and show what would be downloaded or removed",
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="list the contents of the caches, largest first"
-    )
-    parser.add_argument(
-        "--remove",
-        metavar="NAME",
-        help="delete a model or data set from the cache; NAME can be a pattern such as 'Qwen/*'",
+        help="only check license, access and disk, and show what would be downloaded",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     # Check the arguments first, because the import of huggingface_hub is slow.
-    named = _model_and_sources(args) if not args.list and args.remove is None else None
-    from tunesmith.cli.run_fetch import fetch_all, list_caches, remove_from_caches
+    model, sources = _model_and_sources(args)
+    from tunesmith.cli.run_fetch import fetch_all
 
-    if named is not None:
-        fetch_all(*named, dry=args.dry_run, update=args.update, as_json=args.json)
-    elif args.list:
-        list_caches(as_json=args.json)
-    else:
-        remove_from_caches(args.remove, dry=args.dry_run, as_json=args.json)
+    fetch_all(model, sources, dry=args.dry_run, update=args.update, as_json=args.json)
 
 
 def _model_and_sources(args: argparse.Namespace) -> tuple[Model, list[Source]]:
@@ -72,7 +57,7 @@ def _model_and_sources(args: argparse.Namespace) -> tuple[Model, list[Source]]:
         raise UsageError(
             "fetch requires a recipe or a model",
             where="command line",
-            fix="run `tunesmith fetch smollm2-135m-lora`, or `tunesmith fetch --list`",
+            fix="run `tunesmith fetch smollm2-135m-lora`",
         )
     is_recipe = args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml")
     command = f"tunesmith fetch {shell_word(args.name)}"

@@ -1,25 +1,16 @@
-"""Implementation of the command `fetch`, which downloads models and data sets, and lists or deletes
-the entries of the caches.
-"""
+"""Implementation of the command `fetch`, which downloads models and data sets."""
 
 import dataclasses
 import json
-import shutil
-import sys
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from huggingface_hub import constants
 from rich.filesize import decimal as size_text
 
-from tunesmith.cli.options import print_columns
-from tunesmith.config.names import suggest
 from tunesmith.config.schema import Model, Source
 from tunesmith.data.source.open_source import read_rows
-from tunesmith.errors import UsageError
 from tunesmith.hub import fetch
-from tunesmith.hub.fetch import cached_items
 from tunesmith.inference.load_run import select_device
 from tunesmith.units import count_of
 
@@ -107,45 +98,3 @@ def _line(row: dict[str, Any]) -> str:
         row.get("folder"),
     ]
     return "  ".join(filter(None, parts))
-
-
-def list_caches(*, as_json: bool) -> None:
-    """Print the content of the caches, the largest items first."""
-    items = cached_items()
-    if as_json:
-        print(json.dumps([dataclasses.asdict(item) for item in items], indent=2, default=str))
-        return
-    print_columns([(it.name, it.kind, size_text(it.size), str(it.folder)) for it in items])
-    total = size_text(sum(item.size for item in items))
-    print(f"{count_of(len(items), 'item')} in the caches, {total}", file=sys.stderr)
-
-
-def remove_from_caches(name: str, *, dry: bool, as_json: bool) -> None:
-    """Delete the items that match a name or pattern from the caches, and print them."""
-    cached = cached_items()
-    items = [item for item in cached if fnmatchcase(item.name, name)]
-    if not items:
-        raise UsageError(
-            f"the caches contain no model or data set named {name}",
-            where="--remove",
-            fix=suggest(
-                name,
-                [item.name for item in cached],
-                otherwise="run `tunesmith fetch --list`, which lists the items in the caches",
-            ),
-        )
-    if not dry:
-        for item in items:
-            # Also delete the lock files of huggingface_hub.
-            shutil.rmtree(item.folder)
-            shutil.rmtree(item.folder.parent / ".locks" / item.folder.name, ignore_errors=True)
-    if as_json:
-        rows = [
-            {"name": item.name, "kind": item.kind, "bytes": item.size, "removed": not dry}
-            for item in items
-        ]
-        print(json.dumps(rows, indent=2))
-        return
-    verb = "would remove" if dry else "removed"
-    for item in items:
-        print(f"{verb} {item.kind} {item.name}  {size_text(item.size)}")

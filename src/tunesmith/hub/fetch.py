@@ -29,7 +29,6 @@ from rich.filesize import decimal as size_text
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import (
-    cache_folder,
     check_regular_files,
     find_similar_path,
     require_disk_space,
@@ -385,48 +384,3 @@ def cached_without_weights(name: str, revision: str | None = None) -> Path | Non
     """
     cached = try_to_load_from_cache(name, "tokenizer_config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-@dataclass(frozen=True)
-class CachedItem:
-    """A model, a data set or derived files in one of the caches.
-
-    Attributes:
-        name: the name for the user, such as the Hub id.
-        kind: model, dataset, converted, shipped or derived. The kind derived is a folder of small
-            files that tunesmith has computed from models. The entire folder is one item.
-        size: size in bytes.
-        folder: the folder in the cache.
-    """
-
-    name: str
-    kind: str
-    size: int
-    folder: Path
-
-
-def cached_items() -> list[CachedItem]:
-    """Return all entries of the caches, including unfinished downloads.
-
-    The largest entry is first.
-    """
-    # List the folders directly, because huggingface_hub's `scan_cache_dir` omits repositories that
-    # have no complete file.
-    hub = Path(constants.HF_HUB_CACHE)
-    places = {
-        "model": hub.glob("models--*"),
-        "dataset": hub.glob("datasets--*"),
-        "converted": cache_folder("models").glob("*"),
-        "shipped": cache_folder("shipped").glob("*"),
-        "derived": map(cache_folder, ("tokenizers", "configs")),
-    }
-    items = []
-    for kind, folders in places.items():
-        for folder in filter(Path.is_dir, folders):
-            name = folder.name
-            if folder.parent == hub:
-                name = name.partition("--")[2].replace("--", "/")
-            # Skip symbolic links, so that each file is counted only once.
-            files = [p.lstat() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-            items.append(CachedItem(name, kind, sum(file.st_size for file in files), folder))
-    return sorted(items, key=lambda item: -item.size)

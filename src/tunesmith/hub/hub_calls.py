@@ -20,7 +20,7 @@ from tunesmith.host.shell import shell_word
 from tunesmith.model.shapes import SHAPE_OF_MODEL
 
 DISK_FIX = (
-    "free disk space (`tunesmith fetch --list` shows the models), or move the Hub cache to another "
+    "free disk space (`hf cache ls` shows the models), or move the Hub cache to another "
     "disk with `export HF_HOME=/path`"
 )
 LOGIN = "run `hf auth login` (or set HF_TOKEN)"

@@ -62,7 +62,7 @@ def _damaged(file: Path, why: str) -> ModelError:
         f"{file.name} is damaged or not a safetensors file",
         where=file,
         why=why,
-        fix="copy the file again; in the Hub's cache: tunesmith fetch --remove MODEL, then "
+        fix="copy the file again; in the Hub's cache: hf cache rm model/MODEL, then "
         "tunesmith fetch MODEL",
     )
 
