@@ -103,6 +103,7 @@ CARRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("axolotl", {"wandb_project": "chats", "wandb_name": "first"}, {"log.wandb": True, "log.project": "chats"}),
     ("axolotl", {"use_mlflow": True, "mlflow_experiment_name": "chats"}, {"log.trackers": ["mlflow"], "log.project": "chats"}),
     ("trl", {"report_to": "tensorboard"}, {"log.tensorboard": True}),
+    ("trl rewards", {"system_prompt": "Think.", "dataset_prompt_column": "problem"}, {"data.system": "Think.", "data.train.columns": {"prompt": "problem"}}),
     *(("torchtune", {"dataset": TALKS | {"masking_strategy": f"train_on_{theirs}"}}, {"data.train_on": ours})
       for theirs, ours in (("last", "last"), ("all", "all"), ("assistant", "response"))),
     ("axolotl", {"datasets": [{"path": "d/d", "type": "alpaca", "message_property_mappings": {"role": "from"}}]}, {"data.train": {**ROWS, "format": "alpaca"}}),
@@ -228,6 +229,10 @@ NOTES: list[tuple[str, dict[str, Any], str, str]] = [
     *(("trl rewards", {"loss_type": loss, "scale_rewards": scale}, differing, "")
       for loss, scale, differing in (("grpo", "batch", "scale_rewards"), ("bnpo", "none", "loss_type"))),
     ("trl rewards", {"loss_type": "grpo", "beta": 0.1}, "loss_type", ""),
+    ("trl rewards", {"loss_type": "cispo"}, "loss_type", ""),
+    ("trl rewards", {"loss_type": "cispo", "epsilon_high": 0.28}, "loss_type", "epsilon_high"),
+    ("trl rewards", {"loss_type": "cispo", "epsilon_high": 5.0}, "", "epsilon_high"),
+    ("trl rewards", {"reward_funcs": ["cf_code"], "code_language": "cpp", "benchmarks": ["lcb_v4"]}, "", "code_language benchmarks"),
     ("trl pairs", {"beta": 0.1, "f_divergence_type": "js_divergence", "sync_ref_model": True, "ld_alpha": 0.5}, "f_divergence_type sync_ref_model ld_alpha", ""),
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -168,3 +169,21 @@ def test_all_keys_of_trls_own_grpo_config_are_known(tmp_path: Path) -> None:
     assert draft.values["train.global_batch"] == "1 examples"
     differing = {note.key for note in draft.notes.values() if note.differs}
     assert differing == {"reward_funcs", "dtype", "dataset_name"}
+
+
+def test_the_short_names_of_open_r1_keep_their_values(tmp_path: Path) -> None:
+    """Its own function builds the rewards, from the values of the file that its script takes."""
+    names = {"reward_funcs": ["accuracy", "cosine"], "cosine_max_len": 900, "num_generations": 8}
+    path = tmp_path / "r1.yaml"
+    path.write_text(json.dumps({"model_name_or_path": "m/m", "dataset_name": "d/d", **names}))
+    draft = translate(read_config(path, None), {}, 1, tmp_path / "recipe.yaml")
+    file = "recipe-rewards.py"
+    assert draft.values["method.reward"] == [f"{file}:accuracy", f"{file}:cosine"]
+    statement = ast.parse(draft.files[tmp_path / file]).body[2]
+    assert isinstance(statement, ast.Assign)
+    assert ast.unparse(statement.targets[0]) == "(accuracy, cosine)"
+    arguments = (
+        "{'dataset_name': 'd/d', 'reward_funcs': ['accuracy', 'cosine'], 'cosine_max_len': 900}"
+    )
+    called = f"get_reward_funcs(GRPOScriptArguments(**{arguments}))"
+    assert ast.unparse(statement.value) == called

@@ -67,6 +67,7 @@ def translate(
         _set_trl_rows(recipe)
         if recipe.method == "grpo":
             set_rewards(recipe, path.absolute().with_name(f"{path.stem}-rewards.py"))
+            _note_factor_of_cispo(recipe)
     else:
         _set_rows(recipe, "train")
         _set_rows(recipe, "validation")
@@ -186,6 +187,17 @@ def _set_trl_losses(recipe: Translation) -> None:
     recipe.set_key("method.sft_weight", weights[-1], "loss_type", "loss_weights")
 
 
+def _note_factor_of_cispo(recipe: Translation) -> None:
+    """Note the factor of the policy gradient of TRL's cispo, whose clipping scales the ratio 1."""
+    factor = recipe.number("epsilon_high") or recipe.number("epsilon")
+    if recipe.has("loss_type", "cispo") and factor < 1:
+        recipe.note(
+            "loss_type",
+            f"The source clips the ratio of the probabilities, which is 1, to epsilon_high, so its"
+            f" policy gradient has the factor {factor:g}. The gradient of tunesmith has no factor.",
+        )
+
+
 def _set_trl_rows(recipe: Translation) -> None:
     """Set the format of the rows and the supervised tokens. A file of TRL has one data set."""
     column = recipe.get("dataset_text_field") or "text"
@@ -202,6 +214,9 @@ def _set_trl_rows(recipe: Translation) -> None:
             recipe.set_key(f"{part}.format", row_format, why=why)
             if row_format == "text" and column != "text":
                 recipe.set_key(f"{part}.columns", {"text": column}, "dataset_text_field")
+            prompt = recipe.get("dataset_prompt_column")
+            if row_format == "prompt" and prompt:
+                recipe.set_key(f"{part}.columns", {"prompt": prompt}, "dataset_prompt_column")
 
     answers_only = recipe.names["answers_only"]
     # If `completion_only_loss` is false, the prompts of prompt-completion rows are supervised too.
