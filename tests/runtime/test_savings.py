@@ -1,4 +1,4 @@
-"""A run that does not fit is refused with the keys that make it fit, each of them planned."""
+"""A run that does not fit is refused with the settings that need less memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plan_of(
     parts = {"device": "cuda:0", "attention": ("varlen", ""), "compiles": (True, "")} | found
     machine = Machine(free_bytes=int(gib * GIB), card_bytes=int(gib * GIB), **parts)
     plan = plan_on(machine, run, spec, trained, before)
-    check_memory_fits(plan, machine, resumed=before is not None)
+    check_memory_fits(run, plan, machine, resumed=before is not None)
     return plan
 
 
@@ -64,13 +64,16 @@ INSIDE = FULL | {"train.optimizer_in_backward": True, "train.clip_norm": None}
 NONE = {"train.recompute": "none"}
 WIDE = NONE | {"train.micro_batch": "16384 tokens"}
 IN_BACKWARD = "train.optimizer_in_backward=true train.clip_norm=null"
+SHORTER = "data.seq_len=1024 data.too_long=drop"
+OPTIMIZER = ["train.optimizer=adamw-8bit", "train.master_weights=stochastic", IN_BACKWARD]
+STREAMED = "train.cpu_offload='[parameters]'"
 REFUSED = [
-    ("llama3-8b", 138, FULL, ["train.optimizer=adamw-8bit", "train.master_weights=stochastic", IN_BACKWARD, "adapter.kind=lora"]),
-    ("llama3-8b", 100, INSIDE, ["train.master_weights=stochastic"]),
-    ("llama3-8b", 24, NONE, ["train.recompute=full", "data.seq_len=1024 data.too_long=drop"]),
-    ("llama3-8b", 40, WIDE, ["train.micro_batch='4096 tokens'"]),
-    ("llama3-70b", 138, {}, ["model.quantize=nf4"]),
-    ("llama3-70b", 138, FULL, ["model.quantize=nf4 adapter.kind=lora"]),
+    ("llama3-8b", 138, FULL, [*OPTIMIZER, SHORTER, "adapter.kind=lora"]),
+    ("llama3-8b", 100, INSIDE, ["train.optimizer=adamw-8bit", "train.master_weights=stochastic", "adapter.kind=lora train.optimizer_in_backward=false"]),
+    ("llama3-8b", 24, NONE, ["train.recompute=full", "model.quantize=nf4", SHORTER, STREAMED]),
+    ("llama3-8b", 40, WIDE, ["train.micro_batch=auto", "train.recompute=full", "model.quantize=nf4", SHORTER, STREAMED]),
+    ("llama3-70b", 138, {}, ["model.quantize=nf4", SHORTER, STREAMED]),
+    ("llama3-70b", 138, FULL, [*OPTIMIZER, "adapter.kind=lora"]),
 ]  # fmt: skip
 
 
@@ -80,24 +83,20 @@ NEEDS = ("GiB", "weights", "recompute")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "gib", "keys", "offered"), REFUSED)
-def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
+def test_a_plan_that_does_not_fit_is_refused_with_settings_that_need_less(
     recipe, shape, gib, keys, offered
 ):
     with refuses(MachineError, names=NEEDS) as refused:
         plan_of(load_recipe(recipe, keys), shape, gib)
     assert refused.value.exit_code == EXIT_USAGE
-    fix = refused.value.fix.removeprefix("set ")
-    changes = dict(change.rpartition(" (")[::2] for change in fix.split("; or "))
-    assert {*offered} <= {*changes}
-    for words, claimed in changes.items():
+    fixes = refused.value.fix.removeprefix("set ").split("; or ")
+    assert fixes[: len(offered)] == offered
+    assert len(fixes) == len(offered) + 1
+    needed = plan_of(load_recipe(recipe, keys), shape, 3000).memory
+    for words in offered:
         # As the user would: the same recipe, with the words on the command line.
-        again = plan_of(load_recipe(recipe, [*words_of(keys), *shlex.split(words)]), shape, gib)
-        assert again.memory.total <= gib * GIB * USABLE_SHARE, words
-        # The size of an adapter that the recipe does not have yet is worked out without its model.
-        tolerance = 0.9 if "adapter.kind" in words else 0.06
-        assert again.memory.step / GIB == pytest.approx(
-            float(claimed.partition(" GiB")[0]), abs=tolerance
-        )
+        run = load_recipe(recipe, [*words_of(keys), *shlex.split(words)])
+        assert plan_of(run, shape, 3000).memory.total <= needed.total, words
 
 
 def words_of(keys: dict[str, object]) -> list[str]:
@@ -107,22 +106,23 @@ def words_of(keys: dict[str, object]) -> list[str]:
 
 @pytest.mark.slow
 def test_nothing_is_offered_where_nothing_helps(recipe: Path) -> None:
+    keys = {"model.quantize": "nf4", "train.cpu_offload": ["parameters"]}
     with refuses(MachineError) as refused:
-        plan_of(load_recipe(recipe, {"model.quantize": "nf4"}), "llama3-8b", 2.5)
+        plan_of(load_recipe(recipe, keys), "llama3-8b", 1)
     assert "=" not in refused.value.fix
 
 
 @pytest.mark.parametrize(
     ("keys", "fix"),
     [
-        (NONE, ["train.recompute=full", "16.3 GiB", "train.cpu_offload='[parameters]'", "4.4 GB"]),
-        (FULL, ["adapter.kind=lora", "21.3 GiB", "--fresh"]),
+        (NONE, ["train.recompute=full", STREAMED]),
+        (FULL, ["train.optimizer=adamw-8bit", "adapter.kind=lora", "--fresh"]),
     ],
 )
 def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(recipe, keys, fix):
     with refuses(MachineError, fix=fix) as refused:
         plan_of(load_recipe(recipe, keys), "llama3-8b", 24, before=Size(2048, "tokens"))
-    assert refused.value.fix.count("; or ") == fix.count("4.4 GB")
+    assert "model.quantize" not in refused.value.fix
 
 
 def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
@@ -130,7 +130,6 @@ def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
     run = load_recipe(recipe, NONE | {"train.micro_batch": "2048 tokens"})
     plan = plan_of(run, "llama3-8b", 26)
     assert USABLE_SHARE < plan.memory.total / plan.memory.free < ALLOCATABLE_SHARE
-    assert plan.savings()[0].keys == "train.recompute=full"
     # A checkpoint's copies refuse nothing: without room for them training waits.
     needed = plan.memory.total - plan.memory.copies
     assert plan_of(run, "llama3-8b", 1.001 * needed / ALLOCATABLE_SHARE / GIB).memory.total > needed
@@ -159,7 +158,7 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
     plan = plan_on(machine, run, spec, spec.parameters)
     machine = replace(machine, free_bytes=int(plan.memory.total * free))
     plan = plan_on(machine, run, spec, spec.parameters)
-    found = find_overrun(plan, machine)
+    found = find_overrun(run, plan, machine)
     assert (found is not None) == warned
     if found:
         warning = warning_text(run, plan, found)

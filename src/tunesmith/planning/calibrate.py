@@ -101,7 +101,8 @@ def calibrate_recompute(
                         where="train.micro_batch",
                         why=f"{str(error).partition('.')[0]}, although {count} of {total} layers "
                         "are recomputed",
-                        fix=plan.less_memory(recompute=False),
+                        fix="set model.quantize=nf4 or a smaller data.seq_len, or end other "
+                        "programs that use this GPU",
                     ) from error
             finally:
                 model.zero_grad(set_to_none=True)

@@ -6,7 +6,6 @@ and the recomputation. `step_time.py` computes the time of a step.
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache, partial
 
 from rich.filesize import decimal as size_text
 
@@ -20,7 +19,7 @@ from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
 from tunesmith.planning.run_plan import Machine, RunPlan, ShortSteps
 from tunesmith.planning.step_time import Step, StepTime
-from tunesmith.planning.workload import Workload, rank_step, scale_step
+from tunesmith.planning.workload import Workload, rank_step
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import Size
 
@@ -135,8 +134,8 @@ class Planner:
         best = self.best()
         plan = best.plan
         resumed = self.previous_micro_batch is not None
-        savings.check_memory_fits(plan, self.machine, resumed=resumed)
-        overrun = savings.find_overrun(plan, self.machine, resumed=resumed)
+        savings.check_memory_fits(self.run, plan, self.machine, resumed=resumed)
+        overrun = savings.find_overrun(self.run, plan, self.machine, resumed=resumed)
         warnings = (*plan.warnings, overrun, self.find_short_steps(best))
         reason = "the first that fits, because the speed is unknown"
         if best.step_seconds:
@@ -207,8 +206,6 @@ class Planner:
             longest=work.longest,
         )
         plan = resolve.resolve_plan(estimator, self.cluster, work, self.previous_micro_batch)
-        find = partial(savings.find_savings, run, plan, self.machine, self._plan_changed)
-        plan = replace(plan, savings=cache(partial(find, longest=work.longest)))
         if work.whole > 1:
             reason = f"attention sees each answer whole; {1 - 1 / work.whole:.0%} fewer tokens"
             unit = "group" if run.samples_answers else "pair"
@@ -246,15 +243,3 @@ class Planner:
             tokens_per_second=tokens_per_second,
             hours=seconds / 3600 if seconds else None,
         )
-
-    def _plan_changed(self, run: Run) -> RunPlan:
-        """Return the plan for a changed recipe. `find_savings` uses it to try the change."""
-        trained = self.trained
-        if run.adapter.kind != self.run.adapter.kind:
-            trained = _count_trained(run, self.spec)
-        factor = run.train.global_batch.amount / self.run.train.global_batch.amount
-        work = self.work._replace(
-            step=scale_step(self.work.step, factor),
-            longest=min(self.work.longest, run.row_tokens),
-        )
-        return replace(self, run=run, work=work, trained=trained).best().plan

@@ -7,7 +7,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -237,27 +237,6 @@ class MemoryEstimate:
         return f"{', '.join(texts)} GiB"
 
 
-class Saving(NamedTuple):
-    """A change of the recipe that saves memory.
-
-    Attributes:
-        keys: the changed keys as command-line arguments, such as `model.quantize=nf4`.
-        total: bytes that a step needs with the change.
-        resumes: whether these keys may be changed when a run is resumed.
-        cost: text about the cost of streaming layers. Empty if no layers are streamed.
-    """
-
-    keys: str
-    total: int
-    resumes: bool
-    cost: str = ""
-
-    def describe(self) -> str:
-        """Return a text such as `model.quantize=nf4 (45.1 GiB)`."""
-        cost = f"; {self.cost}" if self.cost else ""
-        return f"{self.keys} ({self.total / 2**30:.1f} GiB{cost})"
-
-
 class DenseExperts(NamedTuple):
     """A warning: the model's experts are stored quantized, but the plan makes them dense.
 
@@ -330,8 +309,6 @@ class RunPlan:
         recomputed_layers: number of layers that are recomputed in the backward.
         streamed_layers: number of layers whose frozen matrices are in host memory.
         fp32_gradients: whether the matmuls accumulate the gradients of linear weights in fp32.
-        savings: function that returns recipe changes with which the run needs less memory. It is
-            only called to advise the user, because it takes about 0.3 s.
         trial_peak: peak of allocated bytes in earlier memory trials. The allocator's statistics do
             not include it, because the last trial has reset them.
     """
@@ -353,7 +330,6 @@ class RunPlan:
     layout: MicroBatchLayout = ONE_EXAMPLE
     memory: MemoryEstimate = MemoryEstimate()
     mesh: MeshShape = ONE
-    savings: Callable[[], Sequence[Saving]] = tuple
     trial_peak: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
@@ -385,23 +361,3 @@ class RunPlan:
             "cpu offload": ", ".join(offload),
         }
         return {name: text for name, text in choices.items() if text}
-
-    def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
-        """Return advice to the user for a run that does not fit.
-
-        Args:
-            resumed: whether the run has a checkpoint.
-            recompute: whether to propose the recomputation of more layers.
-        """
-        savings = list(self.savings())
-        if not recompute:
-            savings = [each for each in savings if not each.keys.startswith("train.recompute")]
-        if not savings:
-            return "use a smaller model, more GPUs, or a device with more memory"
-        resumable = [saving for saving in savings if saving.resumes]
-        suffix = " with --fresh" if resumed and not resumable else ""
-        if resumed and resumable:
-            savings = resumable
-        # Separate the choices with "; or ", so that long fixes are printed with one choice per
-        # line.
-        return f"set {'; or '.join(saving.describe() for saving in savings)}{suffix}"

@@ -1,26 +1,17 @@
-"""Search for recipe changes with which a run needs less memory. For each change, the run is planned
-again.
+"""Check of a plan against the memory of its machine, and settings that need less memory."""
 
-The module also checks a plan against the memory of its machine.
-"""
-
-import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from typing import NamedTuple
 
 from tunesmith.config.check import find_problems
 from tunesmith.config.dump import differences, yaml_value
 from tunesmith.config.schema import Run
 from tunesmith.config.yaml_file import RecipeLayer
 from tunesmith.data.tokens.tokenize import too_long_of
-from tunesmith.errors import MachineError, RecipeError, UsageError
+from tunesmith.errors import MachineError, RecipeError
 from tunesmith.host.shell import shell_word
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host, usable_share
-from tunesmith.planning.run_plan import Machine, Overrun, RunPlan, Saving
-from tunesmith.units import Size
+from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host
+from tunesmith.planning.run_plan import Machine, Overrun, RunPlan
 
 # Maximum fraction of the memory that a plan may need. A plan that needs more is rejected. The
 # estimate of weights, gradients and moments is exact. The estimate of activations was 1.5 % too
@@ -30,7 +21,11 @@ ALLOCATABLE_SHARE = 0.97
 MIN_SEQ_LEN = 128  # minimum data.seq_len that is proposed; a shorter one truncates most answers
 
 Keys = dict[str, object]  # recipe keys in dotted form, with new values
-PlanOf = Callable[[Run], RunPlan]  # function that plans a changed recipe
+FULL_SETTINGS: tuple[Keys, ...] = (
+    {"train.optimizer": "adamw-8bit"},
+    {"train.master_weights": "stochastic"},
+    {"train.optimizer_in_backward": True, "train.clip_norm": None},
+)
 ADAPTER_KEYS: Keys = {
     "adapter.kind": "lora",
     "train.master_weights": "fp32",
@@ -38,159 +33,79 @@ ADAPTER_KEYS: Keys = {
 }
 
 
-class PlannedChange(NamedTuple):
-    """A changed recipe, together with the plan for it."""
+def find_savings(run: Run, plan: RunPlan) -> dict[str, bool]:
+    """Return settings with which a run needs less memory, in the order in which to try them.
 
-    run: Run
-    plan: RunPlan
-
-
-def find_savings(
-    run: Run, plan: RunPlan, machine: Machine, plan_of: PlanOf, *, longest: int
-) -> tuple[Saving, ...]:
-    """Return changes with which a run fits, in the order in which a user would try them.
-
-    A change from full training to an adapter comes after the changes that keep full training.
-    Streaming frozen layers from the host is last: it does not change the results, but takes time.
-
-    Args:
-        plan_of: function that plans a changed recipe. If it raises UsageError, because the recipe's
-            rules or the meshes do not allow the change, the change is not returned.
-        longest: tokens of the longest example.
+    The keys are the settings as arguments of the command line. A value is True if a run can resume
+    with the setting. A setting is left out if the recipe has it already, or if the recipe's rules
+    refuse it.
     """
-    max_bytes = plan.memory.total
-    # If the run may fit without a change, return only changes that save at least a tenth of the
-    # memory.
-    if not _exceeds(plan, machine):
-        max_bytes = max_bytes * 9 // 10
-
-    def is_sufficient(limit: int, changed: RunPlan) -> bool:
-        # `train` must accept the plan without an error or a warning.
-        return (
-            changed.memory.total <= limit
-            and not _exceeds(changed, machine)
-            and not _may_overrun(changed, machine)
-        )
-
-    start = PlannedChange(run, plan)
-    starts = [start]
-    if run.adapter.kind == "none":
-        starts += _changed(start, ADAPTER_KEYS, plan_of)
-    sufficient: list[PlannedChange] = []
-    usable = int(plan.memory.free * usable_share(plan.device))
-    # First look for changes that leave spare memory, because the estimate can be too low. If there
-    # are none, accept changes with which the run just fits.
-    for limit in (min(max_bytes, usable), max_bytes):
-        for each in starts:
-            sufficient += _find_sufficient(each, partial(is_sufficient, limit), plan_of, longest)
-        if sufficient:
-            break
-    offloaded = run.train.cpu_offload
-    # Only propose streaming for one rank, because several ranks can shard the model instead.
-    if plan.mesh.world == 1 and "parameters" not in offloaded:
-        streamed = _changed(start, {"train.cpu_offload": (*offloaded, "parameters")}, plan_of)
-        sufficient += [change for change in streamed if is_sufficient(max_bytes, change.plan)]
-    return tuple(_saving(run, change) for change in sufficient)
+    savings = {}
+    for keys in _smaller_settings(run, plan):
+        changed = run
+        for key, value in keys.items():
+            section, name = key.split(".")
+            values = replace(getattr(changed, section), **{name: value})
+            changed = replace(changed, **{section: values})
+        changes = differences(run, changed)
+        if changes and not find_problems(changed, RecipeLayer({}, {"": ""})):
+            words = [f"{change.key}={shell_word(yaml_value(change.new))}" for change in changes]
+            savings[" ".join(words)] = all(change.allowed for change in changes)
+    return savings
 
 
-def _find_sufficient(
-    start: PlannedChange,
-    is_sufficient: Callable[[RunPlan], bool],
-    plan_of: PlanOf,
-    longest: int,
-) -> list[PlannedChange]:
-    """Return the smallest change of each kind with which the memory is sufficient.
-
-    If `start` is already sufficient, return only `start`. If no single change is sufficient, add
-    one change after the other that saves memory, until the combination is sufficient.
-    """
-    if is_sufficient(start.plan):
-        return [start]
-    kinds = _changes(start.run, start.plan, longest)
-    sufficient = []
-    for kind in kinds:
-        changes = [change for keys in kind for change in _changed(start, keys, plan_of)]
-        sufficient += [change for change in changes if is_sufficient(change.plan)][:1]
-    if sufficient:
-        return sufficient
-    for keys in itertools.chain(*kinds):
-        for change in _changed(start, keys, plan_of):
-            if change.plan.memory.total < start.plan.memory.total:
-                start = change
-        if is_sufficient(start.plan):
-            return [start]
-    return []
-
-
-def _changed(start: PlannedChange, keys: Keys, plan_of: PlanOf) -> list[PlannedChange]:
-    """Return a list with `start` changed by `keys`. Return [] if the recipe's rules do not allow
-    this.
-    """
-    run = start.run
-    for key, value in keys.items():
-        section, name = key.split(".")
-        changed = replace(getattr(run, section), **{name: value})
-        run = replace(run, **{section: changed})
-    if find_problems(run, RecipeLayer({}, {"": ""})):
-        return []
-    try:
-        return [PlannedChange(run, plan_of(run))]
-    except UsageError:
-        return []
-
-
-def _saving(run: Run, planned: PlannedChange) -> Saving:
-    changes = differences(run, planned.run)
-    words = [f"{change.key}={shell_word(yaml_value(change.new))}" for change in changes]
-    resumes = all(change.allowed for change in changes)
-    plan = planned.plan
-    cost = ""
-    if plan.streamed_layers:
-        cost = plan.why["cpu offload"]
-    return Saving(" ".join(words), plan.memory.step, resumes, cost)
-
-
-def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
-    """Return one list of changes per kind. Within a kind, smaller changes are first. Some changes
-    may have no effect.
-    """
-    size = plan.layout.micro_batch
-    # With an update in the backward, there is only one micro batch per step, so the global batch
-    # must be smaller.
-    batch = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
-    min_amount = run.row_tokens if size.unit == "tokens" else 1
-    return [
-        [{"parallel.tensor": "auto"}] if plan.mesh.world > 1 else [],
-        [{batch: Size(amount, size.unit)} for amount in _halves(size.amount, min_amount)],
-        [{"train.recompute": "full"}],
-        [{"train.optimizer": "adamw-8bit"}],
-        [{"train.master_weights": "stochastic"}],
-        [{"train.optimizer_in_backward": True, "train.clip_norm": None}],
-        [{"model.quantize": "nf4"}],
-        [_shorter(run, length, longest) for length in _halves(run.data.seq_len, MIN_SEQ_LEN)],
-    ]
-
-
-def _shorter(run: Run, length: int, longest: int) -> Keys:
-    """Return keys for a smaller seq_len. Unless the recipe allows truncated answers or splits plain
-    texts, also drop the rows that are too long, because a run refuses truncated answers.
-    """
-    keys: Keys = {"data.seq_len": length}
-    sequences = run.row_tokens // run.data.seq_len
+def _smaller_settings(run: Run, plan: RunPlan) -> list[Keys]:
+    """Return the keys of all settings that may save memory."""
+    batch = run.train.global_batch
+    # An update in the backward has only one micro batch per step.
+    smaller_batch: Keys = {"train.micro_batch": "auto"}
+    if run.train.optimizer_in_backward:
+        smaller_batch = {"train.global_batch": replace(batch, amount=max(1, batch.amount // 2))}
+    shorter: Keys = {"data.seq_len": max(MIN_SEQ_LEN, run.data.seq_len // 2)}
     is_split = all(too_long_of(source, run.data) == "split" for source in run.data.train)
-    if not run.data.allow_cut_answers and not is_split and length * sequences < longest:
-        keys["data.too_long"] = "drop"
-    return keys
+    if not run.data.allow_cut_answers and not is_split:
+        shorter["data.too_long"] = "drop"  # a run refuses truncated answers
+
+    settings: list[Keys] = []
+    if plan.mesh.world > 1:
+        settings.append({"parallel.tensor": "auto"})
+    # Fewer activations are not enough if the weights alone do not fit.
+    may_fit = plan.memory.static < plan.memory.free
+    if may_fit:
+        settings.append(smaller_batch)
+    if may_fit and plan.recomputed_layers < plan.layers:
+        settings.append({"train.recompute": "full"})
+    if run.adapter.kind == "none":
+        settings += FULL_SETTINGS
+    elif run.model.quantize in ("auto", "none", "fp8"):
+        settings.append({"model.quantize": "nf4"})
+    if may_fit:
+        settings.append(shorter)
+    if run.adapter.kind == "none":
+        settings.append(ADAPTER_KEYS)
+    elif plan.mesh.world == 1 and plan.device != "cpu":
+        # Streaming is last, because it takes time. Several ranks can shard the model instead.
+        offloaded = dict.fromkeys((*run.train.cpu_offload, "parameters"))
+        settings.append({"train.cpu_offload": tuple(offloaded)})
+    return settings
 
 
-def _halves(amount: int, min_amount: int) -> Iterator[int]:
-    amount //= 2
-    while amount >= min_amount:
-        yield amount
-        amount //= 2
+def less_memory(run: Run, plan: RunPlan, *, resumed: bool = False) -> str:
+    """Return advice for a run that does not fit. `resumed`: whether the run has a checkpoint."""
+    savings = find_savings(run, plan)
+    if not savings:
+        return "use a smaller model, more GPUs, or a device with more memory"
+    resumable = [words for words, resumes in savings.items() if resumes]
+    chosen = resumable if resumed and resumable else list(savings)
+    # Separate the choices with "; or ", so that a long fix is printed with one choice per line.
+    advice = f"set {'; or '.join(chosen)}"
+    if len(chosen) > 1:
+        advice += "; or several of these"
+    return f"{advice} with --fresh" if resumed and not resumable else advice
 
 
 def check_memory_fits(
+    run: Run,
     plan: RunPlan,
     machine: Machine,
     *,
@@ -222,15 +137,17 @@ def check_memory_fits(
         f"{available / 2**30:.1f} GiB can be used",
         where=where,
         why=why,
-        fix=_ways_to_fit(plan, machine, resumed=resumed),
+        fix=_ways_to_fit(run, plan, machine, resumed=resumed),
     )
 
 
-def find_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -> Overrun | None:
+def find_overrun(
+    run: Run, plan: RunPlan, machine: Machine, *, resumed: bool = False
+) -> Overrun | None:
     """Return a warning if a run on a CPU may need more memory than is available."""
     if not _may_overrun(plan, machine):
         return None
-    return Overrun(machine.limit, _ways_to_fit(plan, machine, resumed=resumed))
+    return Overrun(machine.limit, _ways_to_fit(run, plan, machine, resumed=resumed))
 
 
 def _exceeds(plan: RunPlan, machine: Machine) -> bool:
@@ -246,11 +163,11 @@ def _may_overrun(plan: RunPlan, machine: Machine) -> bool:
     return plan.memory.step > machine.free_bytes * USABLE_CPU_SHARE
 
 
-def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
+def _ways_to_fit(run: Run, plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
     """Return advice for the user: keys with which the run needs less memory, and how to raise the
     memory limit of the process.
     """
-    keys = plan.less_memory(resumed=resumed)
+    keys = less_memory(run, plan, resumed=resumed)
     # The limit must be higher than the estimate, because a plan uses only USABLE_CPU_SHARE of it.
     missing = int(plan.memory.total / USABLE_CPU_SHARE) - machine.free_bytes
     larger = machine.limit.fix(max(0, missing))

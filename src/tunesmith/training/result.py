@@ -29,6 +29,7 @@ from tunesmith.metrics.record import StepRecord, read_records, read_start_values
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.run_figures import named_figures
 from tunesmith.planning.run_plan import RunPlan
+from tunesmith.planning.savings import less_memory
 from tunesmith.run_dir import (
     BEST,
     FAILURE,
@@ -201,7 +202,7 @@ def failure_of(
         return RunError(full_disk, where=where, why=why, fix=fix, cause="disk")
     if is_out_of_memory(error):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
-        fix = plan.less_memory(resumed=saved_step is not None)
+        fix = less_memory(run, plan, resumed=saved_step is not None)
         if not fix.endswith("--fresh"):
             fix = f"{fix}; {resume}"
         return RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")

@@ -52,7 +52,7 @@ def show_plan(
         show("\n".join(plan_lines(planner, best, model.folder, model.types)), sys.stdout)
     # This call raises the error if the run does not fit. It is after the output, so that the user
     # also sees the inputs of the plan.
-    check_memory_fits(best.plan, planner.machine, where=cluster.describe())
+    check_memory_fits(planner.run, best.plan, planner.machine, where=cluster.describe())
 
 
 def _report(planner: Planner, best: Forecast, model: PaperModel) -> dict[str, object]:
@@ -62,7 +62,6 @@ def _report(planner: Planner, best: Forecast, model: PaperModel) -> dict[str, ob
             warning_text(planner.run, best.plan, warning) for warning in best.plan.warnings
         ],
         "mesh": best.plan.mesh._asdict(),
-        "savings": None,
     }
     size, _ = checkpoint_bytes(planner.run, planner.trained, model.folder)
     return {
