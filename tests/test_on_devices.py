@@ -71,7 +71,7 @@ def test_varlen_attention_and_its_gradients_are_those_of_plain_products(device, 
     ]
     weight = torch.randn(sum(lengths), heads[0], 64).to(device, torch.bfloat16)
     results = []
-    for backend, dtype in (("varlen", torch.bfloat16), ("products", torch.float32)):
+    for backend, dtype in (("varlen", torch.bfloat16), ("batched_matmul", torch.float32)):
         q, k, v = (leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves)
         out = attend(q, k, v, Documents(edges, 384, backend), window=window)
         out.backward(weight.to(dtype))

@@ -152,7 +152,7 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
     state = ("exp_avg", "exp_avg_sq", "master")
     optimizer = {f"{n}.{k}": elsewhere(p) for n, p in model.named_parameters() for k in state}
     run = make_run(folder, folder, adapter={"kind": "none"})
-    root = TrainModel(model, make_method(MethodConfig()), attention_backend="products")
+    root = TrainModel(model, make_method(MethodConfig()), attention_backend="batched_matmul")
     out = folder / "checkpoint"
     out.mkdir()
     ctypes.CDLL(None).malloc_trim(0)  # free blocks would hide as much of what is taken next

@@ -85,7 +85,7 @@ RULES = {
 COVERED_RULES = pairwise(
     {
         "rule": [*RULES], "lengths": [*LENGTHS], "heads": [(6, 2), (4, 4), (4, 1)],
-        "backend": ["products", "sdpa"],
+        "backend": ["batched_matmul", "sdpa"],
     },
     # Its own kernels take neither.
     allows=lambda row: row.get("backend") != "sdpa" or row["rule"] in ("plain", "window"),
@@ -124,7 +124,7 @@ SHARED = {
 COVERED_SHARES = pairwise(
     {
         "rule": [*RULES], "documents": [*SHARED], "heads": [(6, 2), (4, 4), (4, 1)],
-        "backend": ["products", "sdpa"],
+        "backend": ["batched_matmul", "sdpa"],
     },
     allows=lambda row: row.get("backend") != "sdpa" or row["rule"] in ("plain", "window"),
 )  # fmt: skip

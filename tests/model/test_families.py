@@ -204,7 +204,7 @@ def test_packed_documents_are_computed_as_if_alone(case: dict[str, str]) -> None
             assert (found, count) == (other.fused[number], sum(other.fused))
         assert family in OTHERS or found >= model.config.num_hidden_layers
     method = make_method(MethodConfig())
-    root = TrainModel(fused, method, attention_backend="products", recurrent=other.recurrent)
+    root = TrainModel(fused, method, attention_backend="batched_matmul", recurrent=other.recurrent)
     root.train()
     if case["layout"] == "recomputed":
         recompute_layers(root.layers, len(root.layers))

@@ -113,7 +113,7 @@ def batch(device: torch.device) -> Batch:
 def built(run: Run, mesh: Mesh, device: torch.device, *offload: str) -> TrainModel:
     files = read_model_files(Path(run.model.name), run.model)
     plan = inference_plan(run, files, device)
-    plan = replace(plan, attention="products", recomputed_layers=LAYERS, cpu_offload=offload)
+    plan = replace(plan, attention="batched_matmul", recomputed_layers=LAYERS, cpu_offload=offload)
     return build_model(run, files, plan, mesh=mesh)[0].train()
 
 

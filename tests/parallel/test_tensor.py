@@ -69,7 +69,7 @@ def causal_lm(name: str) -> PreTrainedModel:
     return model
 
 
-def rooted(model: PreTrainedModel, attention: str = "products") -> TrainModel:
+def rooted(model: PreTrainedModel, attention: str = "batched_matmul") -> TrainModel:
     fuse_modules(model, project=lora.project)
     return TrainModel(model, make_method(MethodConfig()), attention_backend=attention).train()
 

@@ -134,4 +134,4 @@ def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(monkeypatch) -> 
     assert not planner.best().fits
     with refuses(MachineError, names=["GiB", "weights", "recompute"]) as refused:
         planned_in_training(monkeypatch, planner, tokens)
-    assert refused.value.fix.startswith("set parallel.tensor=auto (")
+    assert refused.value.fix.startswith("set parallel.tensor=auto; or ")

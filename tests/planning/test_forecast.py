@@ -164,7 +164,7 @@ def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> No
     factors = adapter_parameters(spec, run.adapter)
     work = flops(spec, [2048] * 8, 16384, trained="lora", adapter_parameters=factors)
     seconds = found.seconds
-    assert seconds["products"] + seconds["attention"] == pytest.approx(work / 551e12)
+    assert seconds["matmuls"] + seconds["attention"] == pytest.approx(work / 551e12)
     assert seconds["attention"] == pytest.approx(12 * 32 * 4096 * 8 * 2048 * 2049 / 2 / 551e12)
     assert found.step_seconds == pytest.approx(sum(seconds.values()))
     assert found.tokens_per_second == pytest.approx(16384 / sum(seconds.values()))
@@ -172,7 +172,7 @@ def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> No
     assert again.seconds["recompute"] == pytest.approx(work / 551e12 / 3)  # a forward
     fp8 = {"model": {"quantize": "fp8"}}
     eight_bit = forecast("llama3-8b", "h200", (1, 1, 1), {"train": keys} | fp8)
-    assert seconds["products"] / eight_bit.seconds["products"] == pytest.approx(EIGHT_BIT_SPEED)
+    assert seconds["matmuls"] / eight_bit.seconds["matmuls"] == pytest.approx(EIGHT_BIT_SPEED)
     assert forecast("llama3-8b", "a100-80gb", (1, 1, 1), fp8).plan.base == "bf16"
 
 
@@ -191,7 +191,7 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
     # In each pass all layers are read and written once.
     assert long.seconds["shard copies"] == pytest.approx(2 * LAYERS * 2 * 2 * MATRICES / 226e9)
     assert short.seconds["shard copies"] == long.seconds["shard copies"]
-    forward = (short.seconds["products"] + short.seconds["attention"]) / 3
+    forward = (short.seconds["matmuls"] + short.seconds["attention"]) / 3
     exposed = (gather - forward) + max(0, gather - 3 * forward)
     assert short.seconds["shards"] == pytest.approx(exposed)
     assert short.hides_from == pytest.approx(512 * gather / forward, abs=1)
@@ -276,7 +276,7 @@ def test_a_step_of_a_mixture_by_hand() -> None:
     rate = 55e12 * 1.27
     assert kept.seconds["experts"] == pytest.approx(4 * active * tokens / rate * (1 + 64 / 512))
     assert kept.seconds["copies for experts"] == pytest.approx(tokens * rows * 2 / 226e9)
-    products = kept.seconds["products"] + kept.seconds["attention"]
+    products = kept.seconds["matmuls"] + kept.seconds["attention"]
     dense = mixture().active - active + mixture().head_matmul
     assert products * 55e12 / tokens > 4 * dense
     # All 64 experts are read in the forward, in the backward, and where layers recompute once more.

@@ -53,7 +53,7 @@ LORA, FULL = {"adapter": {"rank": 4, "alpha": 8}}, {"adapter": {"kind": "none"}}
 DROPOUT = {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 NF4 = LORA | {"model": {"quantize": "nf4"}}
 DPO = {"method": "dpo", "data": {"train": {"source": "rows.jsonl", "format": "preference"}}}
-MACHINE = Machine("cpu", 64 << 30, ("products", ""), (False, ""), card_bytes=64 << 30)
+MACHINE = Machine("cpu", 64 << 30, ("batched_matmul", ""), (False, ""), card_bytes=64 << 30)
 # Cosines and sines of a batch: a thousandth of what a real model keeps
 ROTARY = 2 * TOKENS * 64 * 4
 

@@ -153,7 +153,7 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
     group = MemoryLimit("control group /job", 200 * GIB, used=0, used_by_run=0)
     machine = Machine(
-        "cpu", 200 * GIB, ("products", ""), (False, ""), card_bytes=200 * GIB, limit=group
+        "cpu", 200 * GIB, ("batched_matmul", ""), (False, ""), card_bytes=200 * GIB, limit=group
     )
     plan = plan_on(machine, run, spec, spec.parameters)
     machine = replace(machine, free_bytes=int(plan.memory.total * free))

@@ -7,8 +7,8 @@ the keyword argument `documents`. If a model does not pass the argument on to it
 - varlen: CUDA kernels on the flattened block, without padding or a mask. Our own kernel
   (`packed_attention`) runs on GPUs where it was measured; otherwise cuDNN or FlashAttention runs
   through `torch.nn.attention.varlen`.
-- products: batched matmuls over groups of documents with an explicit softmax. On a CPU this is
-  several times faster than sdpa for short documents in bf16. It is the only backend with a soft
+- batched_matmul: batched matmuls over groups of documents with an explicit softmax. On a CPU this
+  is several times faster than sdpa for short documents in bf16. It is the only backend with a soft
   cap.
 - sdpa: one `scaled_dot_product_attention` call per document, for GPUs that varlen does not support
   and for attention dropout.
@@ -273,7 +273,7 @@ def _choose_attention(
     backend = documents.backend
     if backend is None:
         backend, _ = select_attention_backend(q.device, q.dtype, q.shape[-1])
-    if backend == "products" or softcap is not None:
+    if backend == "batched_matmul" or softcap is not None:
         return _products
     if _takes_packed(q, k, v, rule):
         return _packed
@@ -350,7 +350,7 @@ class _TakeFirsts(torch.autograd.Function):
 # Description of each backend's kernel, for the log. `select_attention_backend` adds "varlen", whose
 # kernel is selected at run time.
 ATTENTION_KERNELS = {
-    "products": "grouped bmm",
+    "batched_matmul": "torch.bmm",
     "sdpa": "one call a document",
     "eager": "Transformers' own",
 }
@@ -378,12 +378,12 @@ def select_attention_backend(
     """
     if softcap:
         return (
-            "products",
+            "batched_matmul",
             "the model caps its attention scores, which torch's attention does not support",
         )
     if device.type != "cuda":
         return (
-            "products",
+            "batched_matmul",
             "on a CPU batched matmuls are faster than torch's attention per document",
         )
     shape = VarlenShape(device, dtype, head_dim, head_dim)

@@ -206,7 +206,7 @@ class Documents:
 
     @cached_property
     def groups(self) -> list[AttentionGroup]:
-        """Groups of documents for the backend `products`.
+        """Groups of documents for the backend `batched_matmul`.
 
         Computed once per batch for all layers.
         """

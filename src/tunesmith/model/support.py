@@ -411,7 +411,7 @@ def _run_packed(tiny: PreTrainedModel, ids: Tensor, chunk_size: int | None) -> T
 def packed_documents(lengths: tuple[int, ...], chunk_size: int | None) -> Documents:
     """Return `Documents` for a packed row with documents of these lengths."""
     edges = [0, *accumulate(lengths)]
-    documents = Documents(torch.tensor(edges, dtype=torch.int32), max(lengths), "products")
+    documents = Documents(torch.tensor(edges, dtype=torch.int32), max(lengths), "batched_matmul")
     documents.set_edges(edges)
     if chunk_size is None:
         return documents

@@ -74,7 +74,7 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
     machine = Machine(
         device="cpu" if is_cpu else "cuda",
         free_bytes=size,
-        attention=("products" if is_cpu else "varlen", "assumed"),
+        attention=("batched_matmul" if is_cpu else "varlen", "assumed"),
         compiles=(run.train.compile != "off" and not is_cpu, "assumed"),
         scaling=scaling,
         card_bytes=size,

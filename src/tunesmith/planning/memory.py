@@ -249,7 +249,7 @@ class MemoryEstimator:
     @property
     def saves_probabilities(self) -> bool:
         """Return whether attention saves its probabilities for the backward."""
-        return self.machine.attention[0] == "products" and self.spec.attention_softcap is None
+        return self.machine.attention[0] == "batched_matmul" and self.spec.attention_softcap is None
 
     @property
     def moved(self) -> tuple[str, ...]:

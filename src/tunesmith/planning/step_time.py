@@ -289,7 +289,7 @@ class Step:
         # The ranks of a tensor-parallel group share the work of a token.
         operations = work.operations / self.estimator.mesh.tensor
         seconds = {
-            "products": operations * (1 - work.attention - work.experts) / rate,
+            "matmuls": operations * (1 - work.attention - work.experts) / rate,
             "attention": operations * work.attention / rate,
         }
         if work.experts:

@@ -80,7 +80,7 @@ def find_answers(
     try:
         return _find_answers(chat, messages, tools, selected)
     except DataError as error:
-        fix = working_fix(chat, messages, tools, selected, _find_answers, error)
+        fix = working_fix(chat, messages, tools, selected, _find_answers, error.what)
         if fix and error.fix not in _GENERAL_FIXES:
             fix = f"{fix}; or {error.fix}"
         error.fix = fix or error.fix

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tunesmith.data.rows.samples import Message
 from tunesmith.data.text.probe import probe
 from tunesmith.data.text.rendering import ChatRenderer
 from tunesmith.data.text.row_warnings import LOST
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
 # Function that renders a conversation, as `find_answers` does.
 Find = Callable[[ChatRenderer, Messages, Tools, Collection[int]], "RenderedAnswers"]
-
-
 # A fix, and the template, the conversation and the selected answers after the fix.
 _Fixed = tuple[str, ChatRenderer, Messages, Collection[int]]
 
@@ -36,18 +33,17 @@ def working_fix(
     tools: Tools,
     selected: Collection[int],
     find: Find,
-    error: DataError,
+    what: str,
 ) -> str:
     """Return a fix for a conversation that cannot be rendered, or "" if no tried fix works.
 
-    The fixes are tried only once for each kind of error, because many rows may have the same error.
+    The fixes are tried only once for each error `what`, because many rows may have the same error.
     """
-    thought = split_thought(messages[-1]).get("reasoning_content")
-    kind = (re.sub(r"\d+", "", error.what), bool(thought), *messages[-1])
+    answer = split_thought(messages[-1])
+    kind = (re.sub(r"\d+", "", what), bool(answer.get("reasoning_content")), *messages[-1])
     if kind not in chat.fixes:
         chat.fixes[kind] = ""
-        trials = _trials(chat, messages, selected, has_thought=bool(thought))
-        for fix, trial, changed, chosen in trials:
+        for fix, trial, changed, chosen in _trials(chat, messages, selected):
             with suppress(DataError, ModelError):
                 if trial is not chat:
                     probe(trial)
@@ -57,9 +53,7 @@ def working_fix(
     return chat.fixes[kind]
 
 
-def _trials(
-    chat: ChatRenderer, messages: Messages, selected: Collection[int], *, has_thought: bool
-) -> Iterator[_Fixed]:
+def _trials(chat: ChatRenderer, messages: Messages, selected: Collection[int]) -> Iterator[_Fixed]:
     """Yield other values of the template's arguments, and other forms of the answers' thoughts."""
     arguments, template = split_arguments(chat.jinja)
     names = names_of_arguments(template, chat.tokenizer.special_tokens_map)
@@ -70,19 +64,15 @@ def _trials(
             trial.with_pictures, trial.takes_lists = chat.with_pictures, chat.takes_lists
             fix = f"set data.template_args.{name}={json.dumps(value)}"
             yield fix, trial, messages, selected
-    without: list[Message] = []
-    inline: list[Message] = []
-    for message in map(split_thought, messages):
-        plain = message.copy()
-        thought = plain.pop("reasoning_content", "")
-        start = f"<think>\n{thought}\n</think>\n\n"
-        without.append(plain)
-        is_changed = thought or (not has_thought and message["role"] == "assistant")
-        inline.append({**plain, "content": start * bool(is_changed) + plain["content"]})
-    if has_thought:
+    inline = [message.copy() for message in map(split_thought, messages)]
+    thoughts = [message.pop("reasoning_content", "") for message in inline]
+    without = [message.copy() for message in inline]
+    for message, thought in zip(inline, thoughts, strict=True):
+        if thought or (message["role"] == "assistant" and not any(thoughts)):
+            message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
+    if any(thoughts):
         form = json.dumps("<think>\n...\n</think>\n\n...")
-        fix = f"write the thought in front of the answer: {form}"
-        yield fix, chat, inline, selected
+        yield f"write the thought in front of the answer: {form}", chat, inline, selected
         yield "remove the thought from the answer", chat, without, selected
     else:
         form = json.dumps("<think>\n\n</think>\n\n...")
