@@ -13,11 +13,6 @@ Two rows are near-duplicates if all of these conditions are true:
     questions, and one refusal can answer many questions.
 4. **They teach the same behavior.** Their tools, pictures and feedback labels are equal. If the
     rows are preference pairs, their chosen answers have the same words.
-5. **They do not differ in a blank of a template**, such as the name of the country in `Is the
-    following country in Europe? Country: ...`. A position is a blank if at least four rows have the
-    same four words before it and the same four words after it, and each word is at this position in
-    at most two fifths of these rows. Otherwise the rows are paraphrases, which mostly have the same
-    word at the position. Two texts in a blank differ if at most half of their words are equal.
 
 MinHash selects the pairs of rows that are compared. With 42 bands of 3 hashes, it misses one of
 27,000 pairs whose Jaccard index is 0.6, and it finds 94 % of the pairs whose index is 0.4. The
@@ -28,8 +23,7 @@ all words, for larger groups of rows.
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from difflib import SequenceMatcher
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
@@ -50,11 +44,6 @@ MIN_WORDS = 4
 MAX_TEMPLATE_FRACTION = 0.5
 MIN_TEMPLATE_ROWS = 20
 
-# Number of words on each side of a blank. Rule 5 in the docstring of this module defines a blank.
-_CONTEXT_WORDS = 4
-_MIN_BLANK_ROWS = 4
-_MAX_BLANK_FRACTION = 0.4
-
 _BANDS = 42
 _BAND_HASHES = 3
 # Odd multipliers that combine the hashes of a band into one hash modulo 2^64.
@@ -67,10 +56,6 @@ _RARE_ROWS = 50
 # If none of these pairs is a match, the rows only share a template, and the other pairs are
 # skipped.
 _TRIED_PAIRS = 20
-
-_EDGE = 0
-_BORDER = 1
-_FIRST_WORD = 2
 
 # Letters of scripts without spaces between words, such as Thai and Chinese.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
@@ -115,30 +100,16 @@ class _Words(NamedTuple):
     """The words of a row as 32-bit hashes.
 
     Attributes:
-        padded: uint32 array with four times _EDGE, the prompt, four times _BORDER, the answer, and
-            four times _EDGE. Because of the padding, no window of four words contains words of both
-            prompt and answer.
-        border: index of the first _BORDER.
+        prompt: uint32 array with the words of the prompt.
+        answer: uint32 array with the words of the answer.
         numbers: hash of the numbers and operators of the prompt (rule 2 of this module).
         kind: hash of the tools, pictures, label and chosen answer (rule 4 of this module).
     """
 
-    padded: np.ndarray
-    border: int
+    prompt: np.ndarray
+    answer: np.ndarray
     numbers: int
     kind: int
-
-    @property
-    def row(self) -> np.ndarray:
-        return self.padded[_CONTEXT_WORDS:-_CONTEXT_WORDS]
-
-    @property
-    def prompt(self) -> np.ndarray:
-        return self.padded[_CONTEXT_WORDS : self.border]
-
-    @property
-    def answer(self) -> np.ndarray:
-        return self.padded[self.border + _CONTEXT_WORDS : -_CONTEXT_WORDS]
 
 
 def find_near_duplicates(
@@ -157,12 +128,13 @@ def find_near_duplicates(
     """
     rows = [_read_words(text or _NO_TEXT) for text in texts]
     groups = Groups()
-    # Kind (see `_Words`) and words of a row -> the first row that has them. Equal later rows are
+    # Kind (see `_Words`), prompt and answer -> the first row that has them. Equal later rows are
     # joined to this row.
-    firsts: dict[tuple[int, bytes], int] = {}
+    firsts: dict[tuple[int, bytes, bytes], int] = {}
     for i, words in enumerate(rows):
-        if len(words.row) > _CONTEXT_WORDS:  # Rows without words have only the border.
-            equal = firsts.setdefault((words.kind, words.row.tobytes()), i)
+        prompt, answer = words.prompt.tobytes(), words.answer.tobytes()
+        if prompt or answer:
+            equal = firsts.setdefault((words.kind, prompt, answer), i)
             if equal != i:
                 groups.join(equal, i)
     features = []
@@ -171,20 +143,25 @@ def find_near_duplicates(
         sets = [_features(row) for row in rows[first : first + size]]
         features += _rarer(sets, max(MIN_TEMPLATE_ROWS, MAX_TEMPLATE_FRACTION * size))
         first += size
-    check = _PairCheck(rows, features)
+
+    def is_match(one: int, other: int) -> bool:
+        return _are_near_duplicates(rows[one], rows[other], features[one], features[other])
+
     for alike in _bands(_rarer(features, _RARE_ROWS)):
-        _join_matches(combinations(alike, 2), check, groups)
+        _join_matches(combinations(alike, 2), is_match, groups)
     for alike in _bands(features):
         if len(alike) <= _RARE_ROWS:
             continue  # The loop above already compared all pairs of so few rows.
         pairs = list(pairwise(alike))
-        if _join_matches(pairs[:_TRIED_PAIRS], check, groups):
-            _join_matches(pairs[_TRIED_PAIRS:], check, groups)
+        if _join_matches(pairs[:_TRIED_PAIRS], is_match, groups):
+            _join_matches(pairs[_TRIED_PAIRS:], is_match, groups)
     return groups.joined_groups()
 
 
-def _join_matches(pairs: Iterable[Pair], check: "_PairCheck", groups: Groups) -> bool:
-    """Join the rows of those `pairs` that are near-duplicates, according to `check`.
+def _join_matches(
+    pairs: Iterable[Pair], is_match: Callable[[int, int], bool], groups: Groups
+) -> bool:
+    """Join the rows of those `pairs` that are near-duplicates, according to `is_match`.
 
     Return True if at least one of the pairs is in the same group afterwards, else False.
     """
@@ -192,7 +169,7 @@ def _join_matches(pairs: Iterable[Pair], check: "_PairCheck", groups: Groups) ->
     for one, other in pairs:
         if groups.are_joined(one, other):
             has_match = True
-        elif check(one, other):
+        elif is_match(one, other):
             groups.join(one, other)
             has_match = True
     return has_match
@@ -208,9 +185,6 @@ def _read_words(text: RowText) -> _Words:
     """Split the prompt and the answer of a row into words, and hash them."""
     prompt = words_of(text.prompt)
     answer = words_of(text.answer)
-    edge = [_EDGE] * _CONTEXT_WORDS
-    border = [_BORDER] * _CONTEXT_WORDS
-    padded = [*edge, *map(_hash32, prompt), *border, *map(_hash32, answer), *edge]
     counted = prompt
     if text.is_plain:
         # Plain text has no prompt. Compare the numbers of the entire text, which is in `answer`.
@@ -218,15 +192,15 @@ def _read_words(text: RowText) -> _Words:
     numbers = " ".join(word for word in counted if not _LETTERS.fullmatch(word))
     chosen = " ".join(words_of(text.chosen))
     return _Words(
-        padded=np.array(padded, np.uint32),
-        border=_CONTEXT_WORDS + len(prompt),
+        prompt=np.array(list(map(_hash32, prompt)), np.uint32),
+        answer=np.array(list(map(_hash32, answer)), np.uint32),
         numbers=_hash32(numbers),
         kind=_hash32(f"{text.given}\n{text.is_good}\n{chosen}"),
     )
 
 
 def _hash32(text: str) -> int:
-    return max(_FIRST_WORD, zlib.crc32(text.encode("utf-8", "surrogatepass")))
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
 
 
 # Features ---------------------------------------------------------------------------------------
@@ -302,99 +276,17 @@ def _bands(sets: Sequence[np.ndarray]) -> Iterator[list[int]]:
 # Pairs ------------------------------------------------------------------------------------------
 
 
-class _PairCheck:
-    """Function object that returns whether two rows are near-duplicates.
-
-    The docstring of this module lists the conditions.
-    """
-
-    def __init__(self, rows: Sequence[_Words], features: Sequence[np.ndarray]) -> None:
-        self._rows = rows
-        self._features = features
-        # Pairs that differ only in a blank. They are stored because many bands contain the same
-        # pair, and comparing the blanks is the slowest check.
-        self._rejected: set[Pair] = set()
-        # Concatenate the rows. Drop the padding at the end of each row, so that only one padding
-        # (four times _EDGE) is between two rows.
-        padded = [row.padded[:-_CONTEXT_WORDS] for row in rows]
-        padded.append(np.full(_CONTEXT_WORDS, _EDGE, np.uint32))
-        words = np.concatenate(padded)
-        self._blanks_after = _blank_contexts(words)
-        self._blanks_before = _blank_contexts(words[::-1])
-
-    def __call__(self, one: int, other: int) -> bool:
-        a = self._rows[one]
-        b = self._rows[other]
-        if (a.numbers, a.kind) != (b.numbers, b.kind) or (one, other) in self._rejected:
-            return False
-        features = (self._features[one], self._features[other])
-        is_similar = (
-            # A row has no features if all of its words belong to a template.
-            all(map(len, features))
-            and jaccard(*features) >= MIN_JACCARD
-            and jaccard(np.unique(a.answer), np.unique(b.answer)) >= MIN_ANSWER_JACCARD
-            and jaccard(np.unique(a.prompt), np.unique(b.prompt)) >= MIN_PROMPT_JACCARD
-        )
-        if is_similar and self._differ_in_blank(a, b):
-            self._rejected.add((one, other))
-            return False
-        return is_similar
-
-    def _differ_in_blank(self, one: _Words, other: _Words) -> bool:
-        """Return whether the rows differ in a blank of a template.
-
-        In many data sets, rows repeat a template such as `Translate into French: ___. Be brief.`
-        The rows differ if at most half of their words in the blank are equal.
-        """
-        matcher = SequenceMatcher(None, one.row.tolist(), other.row.tolist(), autojunk=False)
-        is_inside = False
-        shared = 0
-        differing = 0
-        for tag, first, stop, first_other, stop_other in matcher.get_opcodes():
-            if tag == "equal":
-                shared += stop - first
-                continue
-            # The four words before the difference, and the four words after it in reverse order.
-            before = one.padded[first : first + _CONTEXT_WORDS]
-            start_after = stop + _CONTEXT_WORDS
-            after = one.padded[start_after : start_after + _CONTEXT_WORDS][::-1]
-            if not is_inside and int(_contexts(before)[0]) in self._blanks_after:
-                is_inside = True
-                shared = 0
-                differing = 0
-            differing += max(stop - first, stop_other - first_other)
-            if is_inside and int(_contexts(after)[0]) in self._blanks_before:
-                if shared <= differing:
-                    return True
-                is_inside = False
+def _are_near_duplicates(
+    one: _Words, other: _Words, features: np.ndarray, other_features: np.ndarray
+) -> bool:
+    """Return whether two rows are near-duplicates, see the docstring of this module."""
+    if (one.numbers, one.kind) != (other.numbers, other.kind):
         return False
-
-
-def _contexts(words: np.ndarray) -> np.ndarray:
-    """Return a uint32 hash of each window of _CONTEXT_WORDS consecutive words."""
-    count = len(words) - _CONTEXT_WORDS + 1
-    hashes = np.zeros(count, np.uint32)
-    for k in range(_CONTEXT_WORDS):
-        hashes = (hashes ^ words[k : k + count]) * np.uint32(0x01000193)
-        hashes ^= hashes >> np.uint32(15)
-    return hashes
-
-
-def _blank_contexts(words: np.ndarray) -> set[int]:
-    """Return the hashes of all contexts (windows of four words) that many different words
-    follow.
-    """
-    following = words[_CONTEXT_WORDS:]
-    if not len(following):
-        return set()
-    # Drop the last context, because no word follows it.
-    contexts = _contexts(words)[:-1].astype(np.uint64)
-    high_bits = np.uint64(32)
-    keys = (contexts << high_bits) | following
-    # np.unique sorts the keys, so the (context, word) pairs of one context are adjacent.
-    pairs, counts = np.unique(keys, return_counts=True)
-    values, firsts = np.unique(pairs >> high_bits, return_index=True)
-    totals = np.add.reduceat(counts, firsts)
-    max_counts = np.maximum.reduceat(counts, firsts)
-    is_blank = (totals >= _MIN_BLANK_ROWS) & (max_counts <= _MAX_BLANK_FRACTION * totals)
-    return set(values[is_blank].tolist())
+    # A row has no features if all of its words belong to a template.
+    if not len(features) or not len(other_features):
+        return False
+    return (
+        jaccard(features, other_features) >= MIN_JACCARD
+        and jaccard(np.unique(one.answer), np.unique(other.answer)) >= MIN_ANSWER_JACCARD
+        and jaccard(np.unique(one.prompt), np.unique(other.prompt)) >= MIN_PROMPT_JACCARD
+    )

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # Version of the checks. It is part of the cache key. Increase it if a change of the code gives
 # other findings in the same rows.
-ROW_CHECKS_VERSION = 6
+ROW_CHECKS_VERSION = 7
 
 # If more rows than this are compared, a line in the log announces it, because the comparison takes
 # more than a few seconds.
