@@ -174,27 +174,6 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
     assert_refused(source, "not in the Hub cache", source.source, "unset HF_HUB_OFFLINE")
 
 
-@pytest.mark.parametrize(
-    ("error", "what", "fix"),
-    [
-        (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
-        (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
-        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs the name of a configuration", "name: x"),
-        (lambda d: d.exceptions.DatasetGenerationCastError("An error occurred while generating the dataset\n\nAll the data files must have the same columns, but at some point there are 1 new columns ({'note'})"), "'note'", "hf download a/b"),
-        (lambda d: RuntimeError("Dataset scripts are no longer supported, but found b.py"), "b.py", "hf download a/b"),
-        (lambda d: ConnectionError("Couldn't reach the Hub"), "reach", "check the network"),
-    ],
-)  # fmt: skip
-def test_hub_answers(monkeypatch: pytest.MonkeyPatch, error: Any, what: str, fix: str) -> None:
-    import datasets
-
-    def refuse(*args: object, **keys: object) -> None:
-        raise error(datasets)
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    assert_refused(Source(source="a/b"), what, "a/b", fix)
-
-
 def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     source = Source(source=str(path), format="text")

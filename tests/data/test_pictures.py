@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -335,20 +334,6 @@ def test_parquet_as_the_hub_has_it(folder: Path) -> None:
     texts = {"question": [Q] * 3, "answer": ["red", "blue", "none"]}
     pq.write_table(pa.table({"images": column, **texts}), folder / "rows.parquet")
     assert seen(folder / "rows.parquet") == [RED, BLUE]
-
-
-def test_a_data_set_of_the_hub_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither pictures nor JSON."""
-    picture = {"bytes": RED, "path": "x.png"}
-    messages = [{"role": "user", "content": 5}, {"role": "user", "content": [{"text": "a"}]}]
-    row = {"messages": messages, "tools": [{"name": "f"}], "image": picture, "images": [picture]}
-    turn = {"role": datasets.Value("string"), "content": datasets.Json()}
-    features = {"messages": datasets.List(turn), "tools": datasets.Json()}
-    features |= {"image": datasets.Image(), "images": datasets.List(datasets.Image())}
-    table = datasets.Dataset.from_list([row], features=datasets.Features(features))
-    loaded = datasets.DatasetDict(train=table)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: loaded)
-    assert read_rows(Source(source="someone/pictures"))[0] == row
 
 
 def asked(picture: Any) -> Row:

@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from errors import holds, refuses
+from errors import refuses
 from page_cache import resident
 from recipes import make_run
 from tunesmith.config.schema import Source
@@ -173,20 +174,27 @@ def test_what_counts_as_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not any(map(is_local, ("tatsu-lab/alpaca", "squad")))
 
 
-def test_hub_rows_are_named_by_split_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(*args: object, **keys: object) -> datasets.DatasetDict:
-        asked.append((args, keys))
-        train = datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(10)])
-        return datasets.DatasetDict(train=train, test=train.select([0]))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read_rows(Source(source="me/rows", name="main", revision="v1", split="train[50%:]"))
+def test_a_data_set_in_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    rows = "".join(f'{{"text": "row {i}"}}\n' for i in range(10))
+    make_files(
+        tmp_path / "datasets--me--rows",
+        {
+            "refs/v1": commit,
+            f"snapshots/{commit}/README.md": "---\nconfigs:\n- {config_name: main, data_dir: a}\n"
+            "- {config_name: not in the cache, data_dir: b}\n---\n",
+            f"snapshots/{commit}/a/train.jsonl": rows,
+            f"snapshots/{commit}/a/test.jsonl": rows.partition("\n")[0],
+        },
+    )
+    source = Source(source="me/rows", name="main", revision="v1")
+    rows = read_rows(replace(source, split="train[50%:]"))
     assert (len(rows), rows[0]["text"]) == (5, "row 5")
-    assert holds(rows.where(0), "me/rows", "train", 6)
-    assert asked == [(("me/rows", "main"), {"revision": "v1"})]
-    assert len(read_rows(Source(source="me/rows"))) == 11  # all rows of all splits, with a warning
+    assert rows.where(0).endswith("a/train.jsonl:6")
+    assert len(read_rows(source)) == 11  # all rows of all splits, with a warning
 
 
 # --- memory and open files

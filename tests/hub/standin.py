@@ -84,9 +84,9 @@ class StandIn:
         token = (http.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.seen.append(Seen(http.command, path, token))
         api = re.fullmatch(
-            r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)/?(.*))?", path
         )
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        file = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         network = re.fullmatch(r"/network/([^/]+/[^/]+)/(.+)", path)
         found = api or file or network
         repo = self.repos.get(found[1]) if found else None
@@ -99,6 +99,8 @@ class StandIn:
         if revision not in (None, "main", "v2", COMMIT):
             return self.error(http, 404, "RevisionNotFound", "Invalid rev id")
         if api:
+            if api[2] == "tree" and "recursive=true" not in http.path.lower():
+                return self.list_folder(http, repo, api[4])
             return self.describe(http, api[1], repo, tree=api[2] == "tree")
         name = found[found.lastindex]
         if name not in repo.files:
@@ -137,6 +139,22 @@ class StandIn:
         http.send_response(200)
         http.send_header("Content-Type", "application/json")
         self.end(http, json.dumps(answer).encode(), body=True)
+
+    def list_folder(self, http: BaseHTTPRequestHandler, repo: Repo, folder: str) -> None:
+        """Answer with the files and folders in a folder, as `datasets` asks for them."""
+        start = f"{folder}/" if folder else ""
+        inside = {name: data for name, data in repo.files.items() if name.startswith(start)}
+        if not inside:
+            return self.error(http, 404, "EntryNotFound", "Entry not found")
+        entries: dict[str, dict[str, object]] = {}
+        for name, data in inside.items():
+            first, _, rest = name.removeprefix(start).partition("/")
+            path = f"{start}{first}"
+            own = file_entry(name, data, repo)
+            entries[path] = {"type": "directory", "path": path, "oid": "0"} if rest else own
+        http.send_response(200)
+        http.send_header("Content-Type", "application/json")
+        return self.end(http, json.dumps([*entries.values()]).encode(), body=True)
 
     def resolve(
         self, http: BaseHTTPRequestHandler, owner: str, repo: Repo, name: str, *, body: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -185,6 +186,70 @@ def test_look_and_bring(fetch, files, tmp_path: Path) -> None:
     code, out, _ = fetch(NAME)
     assert code == 0
     assert brought["folder"] in out
+
+
+ROWS = """
+import json, sys
+from tunesmith.config.schema import Source
+from tunesmith.data.source.open_source import open_splits
+from tunesmith.errors import TunesmithError
+try:
+    splits = open_splits(Source(**json.loads(sys.argv[1])))
+    print(json.dumps({name: [t.row(i) for i in range(len(t))] for name, t in splits.items()}))
+except TunesmithError as error:
+    print(json.dumps(error.text()))
+"""
+# Values that other readers of csv and json change.
+CELLS = b"prompt,completion\n007,NA\n2020-01-01,1.50\n"
+TEXTS = [
+    {"prompt": "007", "completion": "NA"},
+    {"prompt": "2020-01-01", "completion": "1.50"},
+]
+LINES = "".join(json.dumps(row) + "\n" for row in TEXTS).encode()
+CONFIGS = b"""---
+configs:
+- {config_name: a, data_files: a.csv}
+- config_name: b
+  data_files: [{split: odd, path: "b/[1].csv"}]
+---
+"""
+REPOS = {
+    "me/csv": Repo({"train.csv": CELLS, "test.csv": CELLS, "x.zip": b"", "rows.py": b""}),
+    "me/gz": Repo({"data/train_sft-00000-of-00001.jsonl.gz": gzip.compress(LINES), "README.md": b""}),
+    "me/two": Repo({"README.md": CONFIGS, "a.csv": CELLS, "b/1.csv": CELLS}),
+    "me/gated": Repo({"train.csv": CELLS}, gated=True),
+    "me/empty": Repo({"README.md": b"---\nlicense: mit\n---\n"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ({"source": "me/csv"}, {"train": TEXTS, "test": TEXTS}),
+        ({"source": "me/gz"}, {"train_sft": TEXTS}),
+        ({"source": "me/two", "name": "b"}, {"odd": TEXTS}),
+        ({"source": "me/two"}, "name: a"),
+        ({"source": "me/gated"}, "hf auth login"),
+        ({"source": "me/none"}, "./me/none"),
+        ({"source": "me/empty"}, "README.md"),
+    ],
+)
+def test_a_data_set_has_the_texts_of_its_files(
+    tmp_path: Path, source: dict[str, str], found: object
+) -> None:
+    def read(hub: StandIn | None) -> object:
+        env = environment(tmp_path, hub) | ({} if hub else {"HF_HUB_OFFLINE": "1"})
+        done = run_warm([json.dumps(source)], program=ROWS, env=env, prepare=read_hub_settings)
+        return json.loads(done.stdout)
+
+    with StandIn(REPOS) as hub:
+        answer = read(hub)
+        if isinstance(found, str):
+            assert holds(answer, found)
+            return
+        assert answer == found
+        assert not hub.downloads("x.zip") + hub.downloads("a.csv")
+    assert read(None) == found, "from the cache"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -360,17 +359,23 @@ def test_what_is_given_stands_and_is_written(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hub_data_set_is_read_from_its_train_split(home, monkeypatch):
-    rows = [{"question": q, "answer": a} for q, a in PAIRS]
-    splits = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+def test_a_hub_data_set_is_read_from_its_train_split(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "datasets--me--rows"
+    folder = repo / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(folder.name)
+    rows = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(rows)
     made = make_recipe("small", "me/rows")
     assert (made.run.data.train[0].source, made.run.data.train[0].split) == ("me/rows", "train")
     assert made.path.name == "rows-small.yaml"
     assert dict(draft_recipe("small", "me/rows").unused_splits) == {"test": 40}
-    splits["dev"] = splits.pop("train")
+    (folder / "train.jsonl").rename(folder / "dev.jsonl")
     with (
-        refuses(DataError, where="me/rows", names=["train"], fix=["--split test"]),
+        refuses(DataError, where="me/rows", names=["train"], fix=["--split validation"]),
         rows_set_by(option=True),
     ):
         make_recipe("small", "me/rows")

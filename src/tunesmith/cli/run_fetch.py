@@ -76,9 +76,7 @@ def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
             "bytes": size,
         }
         if not fetch.repo_cache(source.source, "dataset").exists():
-            # Require twice the size, because the cache stores the files of the Hub, and the same
-            # data as an Arrow table.
-            fetch.check_cache_space(source.source, 2 * size)
+            fetch.check_cache_space(source.source, size)
     if not dry:
         row["rows"] = len(read_rows(source))
     return row

@@ -22,6 +22,7 @@ from tunesmith.config.yaml_file import RecipeLayer
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
 DATA_SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
+PICTURE_SUFFIXES = tuple(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .jfif .ppm".split())
 TEMPLATES = ("auto", "chat", "alpaca", "raw")
 
 _OUTPUTS = ("log.tensorboard_dir", "output_dir")

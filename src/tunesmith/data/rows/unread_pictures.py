@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tunesmith.config.paths import PICTURE_SUFFIXES
 from tunesmith.data.rows.samples import PICTURE_MARK, Sample, pictures_of, texts_by_role
 
-_SUFFIXES = tuple(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .jfif .ppm".split())
 # First bytes of PNG, JPEG, GIF and TIFF files.
 _FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 # First characters of a data URI, and of PNG and JPEG files in base64.
@@ -90,7 +90,7 @@ def is_picture(value: object, where: str) -> bool:
                 return True
             if isinstance(part, str) and part.startswith(_FIRST_CHARACTERS):
                 return True
-            if isinstance(part, str) and part[-5:].lower().endswith(_SUFFIXES):
+            if isinstance(part, str) and part[-5:].lower().endswith(PICTURE_SUFFIXES):
                 # `is_file` raises an error if the name is longer than the file system allows.
                 with suppress(OSError, ValueError):
                     if (folder / part.removeprefix("file://")).is_file():

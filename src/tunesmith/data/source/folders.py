@@ -13,7 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
-from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern, pattern_folder
+from tunesmith.config.paths import (
+    PICTURE_SUFFIXES,
+    ROW_SUFFIXES,
+    TEXT_SUFFIXES,
+    is_pattern,
+    pattern_folder,
+)
 from tunesmith.config.row_settings import row_fix
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
 from tunesmith.data.source.listings import list_files
@@ -30,9 +36,6 @@ from tunesmith.units import count_of
 _METADATA_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # Names of text files that describe a data set. They are ignored if the folder has files with rows.
 _README_STEM = re.compile(r"(readme|license|licence|changelog|citation|notice)\b.*", re.IGNORECASE)
-# Suffixes of picture files. They are not listed as files that are not read, because rows can refer
-# to them.
-_PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .ppm".split())
 # Name of a folder, or word in a file name -> name of the split. The library `datasets` uses the
 # same names.
 SPLIT_NAMES = {
@@ -215,7 +218,8 @@ def _select_files(folder: Path, config: str | None) -> tuple[dict[str, list[Path
         rows = list(sessions)
         texts = []
     elif rows:
-        others = [file for file in others if file.suffix.lower() not in _PICTURE_SUFFIXES]
+        # Rows can refer to pictures.
+        others = [file for file in others if file.suffix.lower() not in PICTURE_SUFFIXES]
         texts = [file for file in texts if not _README_STEM.fullmatch(file.stem)]
     _check_one_kind(folder, listing.folder, rows, texts)
     if not rows and not texts:

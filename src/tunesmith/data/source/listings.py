@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.config.paths import pattern_folder
+from tunesmith.config.paths import DATA_SUFFIXES, PICTURE_SUFFIXES, pattern_folder
 from tunesmith.config.row_settings import row_fix
 from tunesmith.errors import DataError
 
@@ -22,6 +22,11 @@ from tunesmith.errors import DataError
 _CACHE_FILE = re.compile(r"cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow")
 # YAML header of a README.md that has the key `configs`.
 _CONFIGS = re.compile(rb"\s*---\s*\n(?:(?!---).*\n)*?configs:")
+
+
+_PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+# Suffixes of the files that are downloaded from the Hub. Rows can refer to pictures.
+_SUFFIXES = [*DATA_SUFFIXES, *_PACKED_SUFFIXES, *PICTURE_SUFFIXES]
 
 
 class Listing(NamedTuple):
@@ -60,8 +65,11 @@ def list_files(path: Path, config: str | None) -> Listing:
     layout = ""
     readme = path / "README.md"
     splits = {name: _walk(path / name) for name in _read_list(path / "dataset_dict.json", "splits")}
-    if readme.is_file() and _CONFIGS.match(readme.read_bytes()):
-        splits, layout = _files_of_config(path, config)
+    # The Hub's cache, in which `datasets` finds the splits of every data set.
+    is_cached = path.parent.name == "snapshots"
+    if is_cached or (readme.is_file() and _CONFIGS.match(readme.read_bytes())):
+        listed, layout = files_of_config(str(path), readme, config)
+        splits = {split: list(map(_unpack, names)) for split, names in listed.items()}
     for name, files in splits.items():
         if not files:
             raise DataError(
@@ -74,46 +82,73 @@ def list_files(path: Path, config: str | None) -> Listing:
     return Listing(path, list(itertools.chain(*splits.values())), splits, layout)
 
 
-def _files_of_config(folder: Path, config: str | None) -> tuple[dict[str, list[Path]], str]:
-    """Return the files of each split of a configuration, and a line that tells the user which
-    configuration is read.
+def files_of_config(
+    base: str, readme: Path, config: str | None, *, name: str = ""
+) -> tuple[dict[str, list[str]], str]:
+    """List the files of each split of a data set from the Hub, by the rules of `datasets`.
 
-    If `config` is None, use the default configuration.
-    """
-    import datasets
-
-    try:
-        builder = datasets.load_dataset_builder(str(folder), config)
-    except Exception as error:
-        # `datasets` raises many types of exceptions for a broken YAML header.
-        raise config_error(str(folder), error) from error
-    selected = builder.config
-    splits = {str(name): list(map(Path, files)) for name, files in selected.data_files.items()}
-    others = [name for name in builder.builder_configs if name != selected.name]
-    return splits, f"configuration {selected.name}, not read: {', '.join(others) or 'none'}"
-
-
-def config_error(name: str, error: Exception) -> DataError:
-    """Build the error for a data set that has several configurations, if the recipe chooses none of
-    them.
+    Return the files by split, and a text for the user about the configuration that is read.
 
     Args:
-        name: the folder or the Hub id of the data set.
-        error: the error that `datasets` raised. Its text lists the configurations.
+        base: the address of the data set on the Hub (`hf://datasets/NAME@COMMIT/`), or its folder.
+        readme: the README.md of the data set, whose YAML header can list configurations.
+        config: the name of the configuration. If None, use the default one.
+        name: the name of the data set for error messages. If "", it is `base`.
     """
-    text = str(error)
-    _, _, listed = text.partition("[")
-    listed, _, _ = listed.partition("]")
-    names = re.findall(r"'([^']+)'", listed)
-    if names:
-        why = f"the configurations are {', '.join(names)}"
-        fix = f"choose one, such as {row_fix(name, name=names[0])}"
-    else:
-        why = f"the configurations cannot be read: {' '.join(text.split())}"
-        fix = "correct the YAML header of its README.md, or use the data files: FOLDER/*.parquet"
+    from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+    from huggingface_hub import metadata_load
+
+    name = name or base
+    try:
+        header = (metadata_load(readme) if readme.is_file() else None) or {}
+        configs = {str(each["config_name"]): dict(each) for each in header.get("configs", ())}
+    # A broken header raises errors of the YAML library, or of a value with another type.
+    except Exception as error:
+        raise _unlisted(name, error) from error
+    defaults = [own for own in configs if configs[own].get("default") or own == "default"]
+    names = [config] if config else defaults or list(configs)
+    if configs and (len(names) > 1 or names[0] not in configs):
+        raise DataError(
+            f"the data set {name} needs the name of a configuration",
+            where=name,
+            why=f"the configurations are {', '.join(configs)}",
+            fix=f"choose one, such as {row_fix(name, name=next(iter(configs)))}",
+        )
+    selected = configs[names[0]] if configs else {}
+    base = os.path.join(base, str(selected.get("data_dir", "")))
+    given = selected.get("data_files")
+    try:
+        patterns = sanitize_patterns(given) if given else get_data_patterns(base)
+        files = DataFilesDict.from_patterns(patterns, base_path=base, allowed_extensions=_SUFFIXES)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise _unlisted(name, error) from error
+    others = ", ".join(own for own in configs if own not in names)
+    layout = f"configuration {names[0]}, not read: {others or 'none'}" if configs else ""
+    return {str(split): list(map(str, found)) for split, found in files.items()}, layout
+
+
+def _unlisted(name: str, error: Exception) -> DataError:
     return DataError(
-        f"the data set {name} needs the name of a configuration", where=name, why=why, fix=fix
+        f"the files of the data set {name} cannot be listed",
+        where=name,
+        why=" ".join(str(error).split()),
+        fix="correct the YAML header of its README.md, or use the data files: FOLDER/*.parquet",
     )
+
+
+def _unpack(file: str) -> Path:
+    """Return the path of a file, which is unpacked if it is compressed, such as rows.jsonl.gz."""
+    from datasets import DownloadManager
+
+    path = Path(file)
+    if path.suffix not in _PACKED_SUFFIXES:
+        return path
+    # `datasets` unpacks the file into its cache, without a suffix.
+    unpacked = Path(DownloadManager().extract(file))
+    named = unpacked.with_name(f"{unpacked.name}-{path.stem}")
+    with suppress(FileExistsError):
+        named.symlink_to(unpacked)
+    return named
 
 
 def _walk(folder: Path) -> list[Path]:

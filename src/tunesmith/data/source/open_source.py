@@ -6,18 +6,15 @@ import re
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES, is_pattern, is_written_as_path
 from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
-from tunesmith.data.source.arrow_nulls import without_nulls
 from tunesmith.data.source.folders import open_local
-from tunesmith.data.source.listings import config_error
+from tunesmith.data.source.hub_files import download_rows
 from tunesmith.data.source.message_rows import group_messages
-from tunesmith.data.source.table import Place, Row, Rows, Table
+from tunesmith.data.source.table import Row, Rows, Table
 from tunesmith.errors import DataError, first_line
-from tunesmith.host.files import find_similar_path
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -25,8 +22,6 @@ log = logging.getLogger(__name__)
 # Approximate value, which fits English text and most tokenizers.
 CHARACTERS_PER_TOKEN = 4
 
-# Column types whose values `datasets` decodes to objects, such as PIL images.
-_MEDIA_TYPES = ("Image", "Audio", "Video", "Pdf", "Nifti")
 _SPLIT_NAME = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
 # A slice with one percentage and one row number, such as [10%:500]. `datasets` reads it wrongly.
 _MIXED_BOUNDS = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")
@@ -53,20 +48,10 @@ def open_splits(source: Source) -> dict[str, Table]:
     # Rows with one message each are joined, unless the recipe names their columns.
     has_turns = source.format in ("messages", "sharegpt", "prompt")
     joined = has_turns and set(source.columns.values()) <= {"messages"}
-    if is_local(source.source):
-        return open_local(Path(source.source).expanduser(), source.name, join_messages=joined)
-    import datasets
-
-    name = source.source
-    try:
-        # `datasets` memory-maps the splits from the Hub cache.
-        splits = datasets.load_dataset(name, source.name, revision=source.revision)
-    except Exception as error:
-        # Catch all exceptions, because the errors of the Hub client have no common base class.
-        # `_hub_error` distinguishes them.
-        raise _hub_error(name, error) from error
-    tables = {str(split): _hub_table(f"{name} {split}", rows) for split, rows in splits.items()}
-    return {split: group_messages(table) if joined else table for split, table in tables.items()}
+    path = Path(source.source).expanduser()
+    if not is_local(source.source):
+        path = download_rows(source)
+    return open_local(path, source.name, join_messages=joined)
 
 
 def from_list(rows: list[Row], name: str = "rows") -> Rows:
@@ -189,94 +174,3 @@ def _unreadable_split(split: str, where: str, why: str) -> DataError:
         why=why,
         fix="write the split as train, train[:95%], train[95%:], train[100:200] or train[-10%:]",
     )
-
-
-def _hub_table(name: str, dataset: Any) -> Table:
-    import datasets
-
-    def fingerprint() -> str:
-        digest = hashlib.sha256()
-        for table in dataset.with_format("arrow").iter(batch_size=4096):
-            for batch in table.to_batches():
-                digest.update(batch.serialize())
-        return digest.hexdigest()
-
-    # Read the rows as Arrow data, because reading them as Python objects would decode every
-    # picture.
-    tables = dataset.with_format("arrow")
-    undecoded = datasets.Features.from_dict(_undecoded(dataset.features.to_dict()))
-
-    def row(i: int) -> Row:
-        [values] = tables[i].to_pylist()
-        return without_nulls(undecoded.decode_example(values))
-
-    return Table(
-        len(dataset),
-        row=row,
-        where=lambda i: Place(f"{name} row {i + 1}"),
-        fingerprint=fingerprint,
-    )
-
-
-def _undecoded(feature: Any) -> Any:
-    """Return the column types of a Hub data set with the decoding of media disabled.
-
-    Pictures and sound are then read as bytes. The types are in the dict form of `datasets`.
-    """
-    if isinstance(feature, list):
-        return [_undecoded(part) for part in feature]
-    if not isinstance(feature, dict):
-        return feature
-    parts = {name: _undecoded(part) for name, part in feature.items()}
-    return {**parts, "decode": False} if feature.get("_type") in _MEDIA_TYPES else parts
-
-
-def _is_of_files(error: BaseException) -> bool:
-    """Return whether an error of `datasets` is about the files of a data set, such as a script."""
-    import datasets
-
-    kinds = (datasets.exceptions.DatasetsError, RuntimeError, TypeError, ValueError)
-    return isinstance(error, kinds)
-
-
-def _hub_error(name: str, error: Exception) -> DataError:
-    """Convert an error of the Hub client to a DataError with a cause and a fix."""
-    import datasets
-
-    text = str(error)
-    why = first_line(error)
-    is_missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
-    is_refused = "gated" in text or "401" in text or "403" in text
-    if is_missing and is_refused:
-        what = f"you have no access to the dataset {name}"
-        page = f"https://huggingface.co/datasets/{name}"
-        fix = f"accept the terms at {page}, then run `hf auth login` (or set HF_TOKEN)"
-    elif "offline" in text.lower():
-        what = f"the dataset {name} is not in the Hub cache"
-        why = "HF_HUB_OFFLINE is set, so the dataset is not downloaded"
-        local = row_fix(name, source="rows.jsonl")
-        fix = f"unset HF_HUB_OFFLINE, or use a local file, such as {local}"
-    elif is_missing:
-        what = f"there is no dataset {name} on the Hub, or it is private"
-        fix = f"correct the name, log in with `hf auth login`, or write ./{name} for a local file"
-    elif isinstance(error, ValueError) and "onfig" in text:
-        return config_error(name, error)
-    elif _is_of_files(error.__cause__ or error):
-        # The text of the error names the columns that differ between the files.
-        what = f"the files of the dataset {name} cannot be read as one table"
-        prefix = "An error occurred while generating the dataset"
-        details = " ".join(text.removeprefix(prefix).split())
-        why = f"{details or first_line(error.__cause__ or error):.300}"
-        local = row_fix(name, source="DIR")
-        fix = f"hf download {name} --repo-type dataset --local-dir DIR   # then use {local}"
-    else:
-        # The remaining causes are a lost connection, a time-out, or a full disk.
-        what = f"the dataset {name} cannot be read"
-        fix = (
-            "check the network and the disk (HF_HOME), and start again (finished downloads are"
-            " kept), or use a local copy of the rows"
-        )
-    near = find_similar_path(Path(name))
-    if near is not None:
-        fix = f"did you mean the local path {near}? If not, {fix}"
-    return DataError(what, where=name, why=why, fix=fix)

@@ -294,8 +294,6 @@ def hub_files(run: Run) -> list[str]:
     # Return before the following imports, which take seconds.
     if not names and not sources:
         return []
-    from datasets import config
-
     from tunesmith.hub.fetch import fetch, fetch_without_weights, repo_cache
 
     paths = []
@@ -311,5 +309,4 @@ def hub_files(run: Run) -> list[str]:
         # Reading the rows downloads the data set into the caches.
         read_rows(source)
         paths.append(repo_cache(source.source, "dataset"))
-        paths.append(Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")))
     return [str(path.absolute()) for path in paths if path.exists()]
