@@ -154,19 +154,14 @@ def chat_call(name: str) -> Line:
     return {"id": name, "type": "function", "function": {"name": "ls", "arguments": '{"a": 1}'}}
 
 
-def hermes(*messages: Line, **keys: object) -> Line:
-    about = {"id": "h", "source": "cli", "model": "m", "system_prompt": "Be brief.", **keys}
-    return {**about, "messages": list(messages)}
-
-
-HERMES_CHAT = (
+CHAT = (
     chat("user", "Look"),
     chat("assistant", None, tool_calls=[chat_call("a"), chat_call("b")], reasoning="Twice."),
     chat("tool", "ok", tool_call_id="a", tool_name="ls"),
     chat("tool", "no", tool_call_id="b", tool_name="ls"),
     chat("assistant", "Done."),
 )
-HERMES_SHOWN = "u:Look | a:<think>/Twice./</think> >a >b | t:a=ok | t:b=no | a:Done."
+CHAT_SHOWN = "u:Look | a:<think>/Twice./</think> >a >b | t:a=ok | t:b=no | a:Done."
 
 
 BRANCHES = "lines of other branches, left out"
@@ -232,14 +227,6 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         ),
         ["u:Hi | (a):Hel | u:Go on | a:Hello."], {"parts of answers that were cut off, not trained": 1},
     ),
-    "hermes cut": (
-        [
-            hermes(chat("user", "Hi"), chat("assistant", "Hel", finish_reason="length")),
-            hermes(chat("user", "Hi"), chat("assistant", "Hello.")),
-        ],
-        ["s:Be brief. | u:Hi | a:Hello."],
-        {"parts of answers that were cut off, not trained": 1, "conversations without an answer, left out": 1},
-    ),
     "codex parallel": (
         codex(*PARALLEL_ITEMS),
         ["s:Be brief. | u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."], {},
@@ -263,10 +250,6 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
     "codex rolled back": (
         codex(*TWICE, event("thread_rolled_back", num_turns=1), *THIRD), ["s:Be brief. | u:A | a:1. | u:C | a:3."], {BRANCHES: 2},
     ),
-    "hermes sessions": (
-        [hermes(*HERMES_CHAT), hermes(chat("user", "Hi"), chat("assistant", "Hello."))],
-        [f"s:Be brief. | {HERMES_SHOWN}", "s:Be brief. | u:Hi | a:Hello."], {},
-    ),
     "codex of 2025": (
         [
             {"id": "c", "timestamp": "2025-06-01", "instructions": None}, {"record_type": "state"}, say("user", "Look"), item("a"), output("a"),
@@ -275,7 +258,7 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         ["u:Look | a:>a | t:a=ok | a:Done."], {"rows of OpenAI Agents sessions": 1},
     ),
     "codex rolled back by nothing": (codex(*TWICE, event("thread_rolled_back", num_turns=0)), ["s:Be brief. | u:A | a:1. | u:B | a:2."], {}),
-    "hermes transcript": ([{"role": "session_meta", "tools": [], "model": "m"}, *HERMES_CHAT], [HERMES_SHOWN], {}),
+    "messages": (list(CHAT), [CHAT_SHOWN], {}),
 }  # fmt: skip
 
 

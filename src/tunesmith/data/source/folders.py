@@ -69,8 +69,7 @@ def open_local(
     """
     prepare = group_messages if join_messages else replace
     if not _is_folder_or_pattern(path):
-        [table] = without_shared([open_table(path)])
-        return _drop_empty_splits({"train": prepare(table)}, path)
+        return _drop_empty_splits({"train": prepare(without_shared(open_table(path)))}, path)
     splits, all_skipped, config_layout = _select_files(path, config)
     tables = {}
     for split, files in splits.items():
@@ -78,10 +77,10 @@ def open_local(
             if files[0].suffix.lower() in TEXT_SUFFIXES:
                 table = read_text_files(files)
             else:
-                opened = [prepare(table) for table in without_shared(list(map(open_table, files)))]
-                table = _join(
-                    [_with_folder_keys(*pair, path) for pair in zip(opened, files, strict=True)]
-                )
+                opened = [
+                    _with_folder_keys(prepare(open_table(file)), file, path) for file in files
+                ]
+                table = without_shared(_join(opened))
         except OSError as error:
             raise unreadable_error(path, error) from error
         layout = ", ".join(filter(None, (table.layout, config_layout)))
@@ -126,6 +125,7 @@ def _join(tables: Sequence[Table]) -> Table:
         rows.check_unchanged,
         rows.layout,
         secrets=rows.secrets,
+        histories=[history for table in tables for history in table.histories],
     )
 
 

@@ -64,8 +64,6 @@ def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[SessionPa
             notes["meta lines, kept as the model saw them"] += bool(line.get("isMeta"))
         case {"attachment": {"type": "queued_command", "prompt": prompt}}:
             items = [{"role": "user", "content": prompt}]
-        case {"messages": [*items]}:
-            items = [{"role": "system", "content": line.get("system_prompt")}, *items]
     for item in items:
         is_cut = not _TRUNCATED.isdisjoint(
             map(item.get, ("status", "stop_reason", "finish_reason"))

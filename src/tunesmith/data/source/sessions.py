@@ -6,26 +6,24 @@ Each conversation becomes one row.
 |---|---|
 | Claude Code | a part of a message, with the uuid of the previous line (`parentUuid`) |
 | Codex | an item of the Responses API in a `payload`, or an event about it |
-| Hermes | an entire session, or a message; the first line then describes the session |
-| OpenAI Agents | an item of the Responses API |
+| OpenAI Agents | an item of the Responses API, or a message |
 
 The conversation of a subagent is a separate row. If an agent compacts its history, the row ends,
 and the next row starts with the compacted history. A resumed session is trained only on its new
 answers. Omitted lines and parts are counted by kind.
 """
 
-import hashlib
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.source.session_turns import join_parts, parts_of
-from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, json_type
+from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Rows, Table, json_type
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
 
@@ -37,7 +35,6 @@ _CODEX_LINES = ("session_meta", "response_item", "event_msg", "turn_context", "c
 # Keys of the lines in a Claude Code file that hold no message. Each of these lines has at least one
 # of the keys.
 _CLAUDE_KEYS = frozenset(("sessionId", "session_id", "uuid", "leafUuid", "snapshot"))
-_HERMES_KEYS = frozenset(("id", "source", "model", "system_prompt", "messages"))
 # All keys that a message of OpenAI Agents can have. Rows of ordinary data sets have other keys, so
 # they are not mistaken for messages of an agent.
 _MESSAGE_KEYS = frozenset(
@@ -99,8 +96,6 @@ def _form_of_line(line: object) -> str | None:
         return "Codex"
     if isinstance(line.get("message"), dict) and kind in ("user", "assistant"):
         return "Claude Code"
-    if line.get("role") == "session_meta" or line.keys() >= _HERMES_KEYS:
-        return "Hermes"
     is_message = {"role", "content"} <= line.keys() <= _MESSAGE_KEYS
     if is_message or _ITEM_KEYS.get(str(kind)) in line:
         return "OpenAI Agents"
@@ -154,7 +149,9 @@ def read_sessions(lines: Table, form: str) -> Table:
             messages = values["messages"]
             if messages:
                 secrets[len(rows)] = found
-                histories.append(_history_hashes(messages))
+                texts = [json.dumps(message, sort_keys=True) for message in messages]
+                # The hash of the conversation up to and including each message.
+                histories.append([hash(tuple(texts[: n + 1])) for n in range(len(texts))])
                 rows.append((start, array("q", numbers)))
             else:
                 notes["conversations without an answer, left out"] += 1
@@ -175,59 +172,41 @@ def read_sessions(lines: Table, form: str) -> Table:
     )
 
 
-def _history_hashes(messages: Iterable[object]) -> list[int]:
-    """Return for each message a hash of the conversation up to and including this message."""
-    history = hashlib.blake2b(digest_size=8)
-    hashes = []
-    for message in messages:
-        history.update(json.dumps(message, sort_keys=True).encode())
-        hashes.append(int.from_bytes(history.digest(), "big"))
-    return hashes
-
-
-def without_shared(tables: Sequence[Table]) -> list[Table]:
+def without_shared(table: Table) -> Table:
     """Train each answer of agent sessions only once.
 
     A session that is resumed or forked in another file begins with the messages of the first file.
     These messages are only context. A row without other messages is left out.
-
-    Args:
-        tables: tables of sessions and of other files, which are returned unchanged.
     """
+    if not table.histories:
+        return table
     seen: set[int] = set()
-    return [_without_seen(table, seen) if table.histories else table for table in tables]
-
-
-def _without_seen(table: Table, seen: set[int]) -> Table:
-    """Exclude the conversations in `seen` from training, and add those of the table to `seen`."""
-    kept = []
+    # Number of a row -> number of its messages that an earlier row has.
+    kept = {}
     for i, history in enumerate(table.histories):
         shared = sum(each in seen for each in history)
         seen.update(history)
         if shared < len(history):
-            kept.append((i, shared))
+            kept[i] = shared
+    numbers = list(kept)
+    rows = Rows("", [table], numbers)
 
     def row(i: int) -> object:
-        number, shared = kept[i]
-        values: Any = table.row(number)
-        for message in values["messages"][:shared]:
+        values: Any = rows[i]
+        for message in values["messages"][: kept[numbers[i]]]:
             if message["role"] == "assistant":
                 message["train"] = False
         return values
-
-    def fingerprint() -> str:
-        return hashlib.sha256(f"{table.fingerprint()} {kept}".encode()).hexdigest()
 
     notes = Counter({"conversations of an earlier file, left out": len(table) - len(kept)})
     return replace(
         table,
         size=len(kept),
         row=row,
-        where=lambda i: table.where(kept[i][0]),
-        fingerprint=fingerprint,
+        where=rows.where,
+        fingerprint=rows.digest,
         notes=table.notes + notes,
-        secrets={n: table.secrets[i] for n, (i, _) in enumerate(kept)},
-        histories=(),
+        secrets=rows.secrets,
     )
 
 
@@ -245,7 +224,6 @@ def _read_row(
     earlier row.
     """
     parts = []
-    tools = None
     size = 0
     for i in numbers:
         if size > MAX_ROW_BYTES:
@@ -253,13 +231,11 @@ def _read_row(
             break
         line = read_line(i)
         where = lines.where(i)
-        if "messages" in line or line.get("role") == "session_meta":
-            tools = line.get("tools")
         for part in parts_of(line, notes):
             size += len(part.value or "")
             secrets += [f"{where}: {kind}" for kind in secrets_in(part.value)]
             parts.append(part._replace(is_trained=part.is_trained and i >= start))
-    return {"messages": join_parts(parts, notes), "tools": tools}
+    return {"messages": join_parts(parts, notes)}
 
 
 def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
@@ -503,29 +479,20 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
 
 
 def _item_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
-    """Yield the conversations of a file in which each line is one item, one message or one
-    session.
-    """
-    about = []
+    """Yield the conversations of a file in which each line is one item or one message."""
     history: list[int] = []
     for i, line in lines:
-        if line.get("role") == "session_meta":
-            about = [i]
-        elif "messages" in line:
-            yield i, [i]
-        else:
-            if line.get("type") in _COMPACTIONS and history:
-                notes["compactions"] += 1
-                yield history[0], about + history
-                history = []
-            history.append(i)
+        if line.get("type") in _COMPACTIONS and history:
+            notes["compactions"] += 1
+            yield history[0], history
+            history = []
+        history.append(i)
     if history:
-        yield history[0], about + history
+        yield history[0], history
 
 
 _CONVERSATIONS: dict[str, Callable[[_Lines, Counter[str]], Iterator[_Conversation]]] = {
     "Claude Code": _claude_conversations,
     "Codex": _codex_conversations,
-    "Hermes": _item_conversations,
     "OpenAI Agents": _item_conversations,
 }
