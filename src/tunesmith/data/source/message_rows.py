@@ -53,18 +53,10 @@ def group_messages(table: Table) -> Table:
     speaker, groups = _find_groups(rows, columns, conversation)
     if not speaker:
         return table
-    # Not at the top, because pages of help import this module.
-    import numpy as np
-
-    order = np.argsort(groups, kind="stable")
-    ends = np.cumsum(np.bincount(groups))
-
-    def rows_of(i: int) -> list[int]:
-        return order[ends[i - 1] if i else 0 : ends[i]].tolist()
 
     def row(i: int) -> Row:
         turns = []
-        for values in map(rows.__getitem__, rows_of(i)):
+        for values in map(rows.__getitem__, groups[i]):
             turn = {"role": values[speaker], "content": values.get(content)}
             for column, value in values.items():
                 if column not in (speaker, content, conversation):
@@ -75,15 +67,17 @@ def group_messages(table: Table) -> Table:
     by = f"grouped by {conversation}" if conversation else "one conversation"
     return replace(
         table,
-        size=len(ends),
+        size=len(groups),
         row=row,
-        where=lambda i: table.where(rows_of(i)[0]),
+        where=lambda i: table.where(groups[i][0]),
         layout=", ".join(filter(None, [table.layout, "one message per row", by])),
     )
 
 
-def _find_groups(rows: Rows, columns: Iterable[str], conversation: str) -> tuple[str, "array[int]"]:
-    """Return the column that says who speaks, and the number of the conversation of each row.
+def _find_groups(
+    rows: Rows, columns: Iterable[str], conversation: str
+) -> tuple[str, "list[array[int]]"]:
+    """Return the column that says who speaks, and the numbers of the rows of each conversation.
 
     The column is "" if the rows are not messages.
 
@@ -95,39 +89,41 @@ def _find_groups(rows: Rows, columns: Iterable[str], conversation: str) -> tuple
     roles = {column: set[str]() for column in columns if SPEAKER.fullmatch(plain(column))}
     parent = _find_column(columns, _PARENT)
     replies = set()
-    # Hash of the name of a conversation -> number of the conversation.
-    numbers: dict[int, int] = {}
-    groups = array("q")
-    fault = None
+    # Hash of the name of a conversation -> its rows.
+    groups: dict[int, array[int]] = {}
+    faults = []
     for i in range(len(rows)):
         try:
             row = rows[i]
         except DataError as error:
-            fault = fault or error
+            faults.append(error)
             continue
-        said = {column: role_of(row.get(column)) for column in roles}
-        roles = {column: roles[column] | {role} for column, role in said.items() if role}
+        for column in list(roles):
+            roles[column].add(role_of(row.get(column)))
+            if "" in roles[column]:
+                del roles[column]
         if not roles:
-            break
+            return "", []
         key = hash(str(row.get(conversation)))
-        reply = hash((key, str(row.get(parent))))
-        what = ""
+        groups.setdefault(key, array("q")).append(i)
+        reply = (key, hash(str(row.get(parent))))
         if conversation and is_absent(row.get(conversation)):
-            what = f"the message has no {conversation}"
+            faults.append(_no_place(f"the message has no {conversation}", rows.where(i)))
         elif reply in replies:
-            what = f"an earlier message has the same {parent}"
-        if what:
-            fault = fault or DataError(
-                what,
-                where=rows.where(i),
-                why="each message belongs to a conversation, and has at most one reply",
-                fix='write each conversation as one row: {"messages": [{"role": "user", "content":'
-                ' "..."}, ...]}',
-            )
-        groups.append(numbers.setdefault(key, len(numbers)))
+            faults.append(_no_place(f"an earlier message has the same {parent}", rows.where(i)))
         if not is_absent(row.get(parent)):
             replies.add(reply)
     speakers = [column for column, said in roles.items() if {"user", "assistant"} <= said]
-    if speakers and fault:
-        raise fault
-    return "".join(speakers[:1]), groups
+    if speakers and faults:
+        raise faults[0]
+    return "".join(speakers[:1]), list(groups.values())
+
+
+def _no_place(what: str, where: str) -> DataError:
+    return DataError(
+        what,
+        where=where,
+        why="each message belongs to a conversation, and has at most one reply",
+        fix='write each conversation as one row: {"messages": [{"role": "user", "content": "..."},'
+        " ...]}",
+    )
