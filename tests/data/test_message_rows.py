@@ -24,7 +24,7 @@ def test_messages_are_read_or_refused(name: str) -> None:
     unread: set[str] = set()
     if "refused" in case:
         where = ", ".join(filter(None, ("row 1", case["refused"])))
-        with refuses(DataError, where=where):
+        with refuses(DataError, where=where, names=case.get("names", ())):
             convert_row(case["row"], source, where="row 1")
         return
     [sample] = convert_row(case["row"], source, where="row 1", unread=unread).samples

@@ -302,6 +302,7 @@ SECRETS = {
     "client_" + "secret: a8f5f167f44f4964e6c998dee827110c": "a secret",
     "refresh_" + "token=1//0a0AfH6SMBx1234567890": "an access token",
     "DB_" + "PASSWORD=hunter22": "a password",
+    "wandb " + "login --relogin 0123456789abcdef0123456789abcdef01234567": "a Weights & Biases key",
     'password = os.environ["P1"], password=make_pw2(x), password: str = Field(min_length=8)': "",
     "password=$DB_PASSWORD1 password=<password1> password must have 8 characters": "",
     "Bearer $TOKEN, Bearer YOUR_TOKEN_HERE_PLEASE, max_tokens=4096, api_key=args.api_key": "",

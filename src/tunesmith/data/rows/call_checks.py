@@ -31,7 +31,7 @@ def find_call_problems(sample: Conversation) -> Iterator[str]:
         calls += own_calls
         for call in own_calls:
             if functions:
-                yield from _unlisted_arguments(call["function"], functions)
+                yield from _missing_argument(call["function"], functions)
     # The last answer can be a call, whose result follows in use.
     if results:
         yield from _unmatched_results(calls, results)
@@ -50,23 +50,19 @@ def _unmatched_results(calls: Sequence[FunctionCall], results: Sequence[Message]
         yield "unmatched_result"
 
 
-def _unlisted_arguments(
+def _missing_argument(
     called: CalledFunction, functions: Mapping[object, Mapping[object, object]]
 ) -> Iterator[str]:
-    """Yield a problem if the row lists no such tool, or if an argument is missing or unknown."""
+    """Yield a problem if the row lists no such tool, or if a required argument is missing."""
     function = functions.get(called["name"])
     if function is None:
         yield "unlisted_call"
         return
     schema = function.get("parameters")
+    required = schema.get("required") if isinstance(schema, Mapping) else None
     arguments = called["arguments"]
-    if not isinstance(schema, Mapping) or not isinstance(arguments, Mapping):
+    if not isinstance(required, list) or not isinstance(arguments, Mapping):
         return
-    required = schema.get("required")
-    known = schema.get("properties")
     # A file with columns gives each call the arguments of the other calls, as null.
-    given = {name for name, value in arguments.items() if value is not None}
-    is_missing = isinstance(required, list) and not given.issuperset(map(str, required))
-    is_unknown = isinstance(known, Mapping) and known and not given <= known.keys()
-    if is_missing or (is_unknown and not schema.get("additionalProperties")):
-        yield "wrong_arguments"
+    if any(arguments.get(name) is None for name in map(str, required)):
+        yield "missing_argument"

@@ -58,6 +58,17 @@ _THOUGHT_WITHOUT_TEXT = re.compile(r"<(think|thinking|thought|reasoning)>\s*</\1
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
+# Key that only the turns or content parts of another API have -> name of the API.
+_OTHER_APIS = {
+    "parts": "Gemini",
+    "functionCall": "Gemini",
+    "toolUse": "Amazon Bedrock",
+    "toolResult": "Amazon Bedrock",
+    "reasoningContent": "Amazon Bedrock",
+    "call_id": "OpenAI's Responses API",
+}
+
+
 class Form(NamedTuple):
     """The names of the keys in a turn, for one of the forms of turns.
 
@@ -209,6 +220,8 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
 
     Raise DataError if it has no role, or if it is a ShareGPT turn without content.
     """
+    if isinstance(turn, Mapping) and form.content not in turn:
+        _check_api(row, turn, at)
     is_turn = isinstance(turn, Mapping) and form.role in turn
     if not is_turn or (form is TURN and _TURN_CONTENT.isdisjoint(turn)):
         raise row.error(
@@ -217,6 +230,18 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
             at=at,
         )
     return turn
+
+
+def _check_api(row: RowReader, value: Mapping[str, object], at: str) -> None:
+    """Raise DataError if a turn or a content part has the form of an API that is not read."""
+    api = next((name for key, name in _OTHER_APIS.items() if not is_absent(value.get(key))), "")
+    if api:
+        raise row.error(
+            f"the turn has the form of {api}",
+            why="the forms of OpenAI's chat API, Anthropic's API and ShareGPT are supported",
+            fix=MESSAGE.example,
+            at=at,
+        )
 
 
 @dataclass
@@ -374,7 +399,9 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
     for given in content if isinstance(content, list) else [content]:
         part = given if isinstance(given, Mapping) else {"type": "text", "text": given}
         parts.given.append(part)
-        kind = part.get("type")
+        _check_api(row, part, at)
+        # Amazon Bedrock writes a text without a type.
+        kind = part.get("type", "text" if "text" in part else None)
         is_text = kind in ("text", "input_text", "output_text")
         if is_text and (part.get("thought") is True or part.get("channel") in _THOUGHT_CHANNELS):
             is_text = False

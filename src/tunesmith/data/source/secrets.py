@@ -33,6 +33,7 @@ _SECRET_KINDS = {
         r"\w+://[^\s:/@\"'<>]*:(?!(?i:pass(word|wd)?|pwd|secret|token|x+|\*+)@)"
         r"(?!\$)[^\s:/@\"'<>{}*]{4,}@\w",
     ),
+    "a Weights & Biases key": ("wandb", r"wandb\s+login\s+(?:-\S+\s+)*[A-Za-z0-9_-]{40,}"),
     "an authorization header": (
         "uthorization",
         r"(?i:authorization\\?[\"']?\s*[:=]\s*\\?[\"']?(?:basic|token))\s+"

@@ -103,8 +103,8 @@ ROW_WARNINGS = {
         why="the model learns to call tools that it was not given",
         fix="add the tool to the row's tools, correct the name, or delete these rows",
     ),
-    "wrong_arguments": RowWarning(
-        what="a call without a required argument, or with an argument that its tool does not have",
+    "missing_argument": RowWarning(
+        what="a call without a required argument",
         why="the model learns calls that the tool refuses",
         fix="correct the call or the parameters of the tool, or delete these rows",
     ),
