@@ -245,7 +245,7 @@ def test_a_data_set_has_the_texts_of_its_files(
     with StandIn(REPOS) as hub:
         answer = read(hub)
         if isinstance(found, str):
-            assert holds(answer, found)
+            assert found in str(answer)
             return
         assert answer == found
         assert not hub.downloads("x.zip") + hub.downloads("a.csv")
