@@ -28,15 +28,18 @@ def test_before_a_model_is_read(words: str, tiny: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tunesmith.stages.model.read_model", read_too_early)
     monkeypatch.setattr("tunesmith.inference.load_run.load_run", read_too_early)
+    monkeypatch.setattr("tunesmith.training.make_recipe.read_model", read_too_early)
     monkeypatch.setattr("tunesmith.tools.evaluate.cli_generate.load_run", read_too_early)
     monkeypatch.setattr("tunesmith.tools.evaluate.run_eval.run_rows", read_too_early)
     rows = [{"prompt": f"What is {i} + 1?", "completion": f"{i + 1}"} for i in range(20)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     Path("r.yaml").write_text(RECIPE)
+    Path("mine.py").write_text("from json import loads\n\ndef score(answer, row): return 1.0\n")
+    Path("broken.py").write_text("def score(\n")
     done = invoke(*words.replace("MODEL", str(tiny)).split())
     assert done.code == 2, done.err
     assert all(part in done.err for part in CASES[words]), done.err
-    assert sorted(os.listdir()) == ["r.yaml", "rows.jsonl"]
+    assert sorted(os.listdir()) == ["broken.py", "mine.py", "r.yaml", "rows.jsonl"]
 
 
 def test_a_deleted_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

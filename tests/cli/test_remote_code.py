@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import tunesmith
 from errors import holds
 from invoke import invoke
 from runs import make_run, peft_model
-from tunesmith.errors import EXIT_OK, EXIT_USAGE, UsageError
+from tunesmith.config.load import load_recipe
+from tunesmith.errors import EXIT_OK, EXIT_USAGE, RecipeError, UsageError
 
 CODE = """
 from pathlib import Path
@@ -92,6 +95,29 @@ def test_a_run_of_a_stranger_runs_no_code(
     code = {"run": ("model.trust_remote_code", stranger / "base"), "rl": ("method.reward", stranger / "own.py")}  # fmt: skip
     assert holds(text, *code[name], consent, run / "config.yaml")
     assert not (stranger / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "is_accepted"),
+    [
+        ("base.yaml", "own/mine.yaml", True),
+        ("common/base.yaml", "own/mine.yaml", True),
+        ("own/downloads/base.yaml", "own/mine.yaml", False),
+        ("evil.yaml", "run/config.yaml", False),
+        ("run/evil.yaml", "run/config.yaml", False),
+    ],
+)
+def test_an_extended_recipe_is_the_users_unless_it_comes_with_a_run(
+    base: str, recipe: str, is_accepted: bool, stranger: Path, tmp_path: Path
+) -> None:
+    for file in (base, recipe):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / base).write_text((stranger / "rl" / "config.yaml").read_text())
+    extends = os.path.relpath(tmp_path / base, (tmp_path / recipe).parent)
+    (tmp_path / recipe).write_text(f"extends: {extends}\n")
+    (tmp_path / "run" / "final").mkdir(parents=True, exist_ok=True)
+    with nullcontext() if is_accepted else pytest.raises(RecipeError, match=base):
+        load_recipe(tmp_path / recipe)
 
 
 @pytest.mark.parametrize("words", ["status RUN", "report RUN --output OUT.html", "chat RUN --input ROWS", "generate RUN --input ROWS --output - --max-new-tokens 2"])  # fmt: skip

@@ -120,7 +120,12 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises UsageError and does not print the usage.
 
     The error suggests a similar option or recipe key.
+
+    Attributes:
+        words: the words of the command line, for errors.
     """
+
+    words: Sequence[str] = ()
 
     def short_usage(self) -> str:
         """Return the usage line, such as `tunesmith train [RECIPE] [key=value ...] [options]`.
@@ -148,6 +153,12 @@ class Parser(argparse.ArgumentParser):
         }
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            # A required option may be missing because it is misspelled.
+            known = {option for action in self._actions for option in action.option_strings}
+            named = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+            unknown = next((word for word in named if word not in known), None)
+            message = f"unrecognized arguments: {unknown}" if unknown else message
         fix = self._fix_of(message) or f"run `{self.prog} --help`, which lists the options"
         raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
 
@@ -297,6 +308,7 @@ def dispatch(words: list[str]) -> int:
     )
     module.add_arguments(parser)
     parser.usage = parser.usage or parser.short_usage()
+    parser.words = rest
     args = parser.parse_intermixed_args(rest)
     args.typed = parser.typed_options(args)
     # Set the environment variables for threads before torch is imported, because libgomp reads them

@@ -153,7 +153,6 @@ def chosen_recipe(
     if is_local(args.data[0]) and not names_config:
         check_local(Path(args.data[0]).expanduser().absolute())
     with loading_libraries():
-        from tunesmith.presentation.data import draft_lines
         from tunesmith.stages.draft import draft_recipe
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
@@ -163,6 +162,8 @@ def chosen_recipe(
         if value
     ]
     draft = draft_recipe(args.model, args.data[0], words)
+    with loading_libraries():
+        from tunesmith.presentation.data import draft_lines
     for line in draft_lines(draft):
         log.info(line)
     on_draft(draft.run)

@@ -18,6 +18,8 @@ from tunesmith.config.dump import flatten
 from tunesmith.config.names import without_indices
 from tunesmith.config.schema import Run
 from tunesmith.config.yaml_file import RecipeLayer
+from tunesmith.errors import ModelError
+from tunesmith.host.files import find_similar_path
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
@@ -53,6 +55,25 @@ def is_written_as_path(text: str) -> bool:
     """
     begins = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
     return begins or text.endswith("/") or text.count("/") > 1
+
+
+def find_local_model(name: str) -> Path | None:
+    """Return the local folder or .gguf file that `model.name` names, or None for a Hub id.
+
+    Raise ModelError if the path does not exist.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if not (is_written_as_path(name) or name.endswith(".gguf") or path.is_file()):
+        return None
+    near = path.parent if path.is_file() else find_similar_path(path)
+    fix = f"did you mean {near}?" if near else "correct the path, or use a Hub id: owner/name"
+    raise ModelError(
+        f"there is no folder or .gguf file {name}",
+        where="model.name",
+        fix=f"{fix}; if the base model of a run was moved, set model.name in the run's config.yaml",
+    )
 
 
 def pattern_folder(pattern: Path) -> Path:

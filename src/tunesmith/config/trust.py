@@ -58,15 +58,19 @@ def untrusted_code(key: str, named: str, where: str) -> RecipeError:
 def _is_users_own(where: str, recipe: Path) -> bool:
     """Return whether `where`, a position such as "recipe.yaml:3", is in a file that the user wrote.
 
-    The user has named the file `recipe`, so files in its folder are the user's. The config.yaml of
-    a run directory is the user's if this user's run has written it on this machine.
+    The user has named the file `recipe`. Another person may have written a file in a subfolder, the
+    config.yaml of a run, and the recipes that this config.yaml extends. It is the user's if this
+    user's run has written it on this machine.
     """
-    file = Path(where.rpartition(":")[0]).resolve()
-    is_of_run = any(any(file.parent.glob(name)) for name in _OF_A_RUN)
-    if file.name == RUN_RECIPE and is_of_run:
-        return _mark(file).is_file()
+    file, named = Path(where.rpartition(":")[0]).resolve(), recipe.resolve()
+    is_in_subfolder = file.parent != named.parent and file.is_relative_to(named.parent)
+    is_own = not (is_in_subfolder or _is_of_run(named) or _is_of_run(file))
     shipped_files = [path.resolve() for path in shipped().values()]
-    return file.parent == recipe.resolve().parent or file in shipped_files
+    return is_own or file in shipped_files or _mark(file).is_file()
+
+
+def _is_of_run(recipe: Path) -> bool:
+    return recipe.name == RUN_RECIPE and any(any(recipe.parent.glob(name)) for name in _OF_A_RUN)
 
 
 def mark_own_run(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pool of processes that call one function.
+"""Processes that call one function, and a pool of them.
 
 The pool is used for work that holds Python's global interpreter lock.
 
@@ -17,12 +17,12 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import TIMEOUT_MAX, Timer
-from typing import Generic, TypeVar
+from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import psutil
 
@@ -40,45 +40,58 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Caller = TypeVar("Caller", bound="KillableWorker")
+Arguments = ParamSpec("Arguments")
 
 
-class WorkerPool(Generic[Task, Result]):
-    """A pool of worker processes, with one thread per process that waits for the result.
+class KillableWorker(Protocol):
+    """A worker of a `WorkerPool`."""
 
-    Args:
-        function: the function that the workers call. It is pickled once per worker.
-        what: name of a worker in error messages.
-    """
+    def kill(self) -> None: ...
 
-    def __init__(self, function: Callable[[Task], Result], count: int, what: str) -> None:
-        self._workers = [Worker(function, what) for _ in range(count)]
-        self._idle = SimpleQueue[Worker[Task, Result]]()
-        for worker in self._workers:
+    def close(self) -> None: ...
+
+
+class WorkerPool(Generic[Caller]):
+    """A pool of workers, with one thread per worker that waits for the result."""
+
+    def __init__(self, workers: Sequence[Caller]) -> None:
+        self.workers = workers
+        self._idle = SimpleQueue[Caller]()
+        for worker in workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tunesmith-workers")
+        self._threads = ThreadPoolExecutor(len(workers), "tunesmith-workers")
 
-    def submit(self, task: Task, where: str) -> Future[Result]:
-        """Submit a task to the next idle worker. `where` names the task in error messages.
+    def submit(
+        self,
+        call: Callable[Concatenate[Caller, Arguments], Result],
+        *args: Arguments.args,
+        **options: Arguments.kwargs,
+    ) -> Future[Result]:
+        """Call a method of the next idle worker. The future raises the method's error."""
 
-        The future raises the function's error, or MachineError if the worker was killed.
-        """
-        return self._threads.submit(self._call, task, where)
+        def call_idle_worker() -> Result:
+            worker = self._idle.get()
+            try:
+                return call(worker, *args, **options)
+            finally:
+                self._idle.put(worker)
 
-    def _call(self, task: Task, where: str) -> Result:
-        worker = self._idle.get()
-        try:
-            return worker(task, where)
-        finally:
-            self._idle.put(worker)
+        return self._threads.submit(call_idle_worker)
+
+    def kill(self) -> None:
+        """Kill the processes. Running tasks get an error."""
+        for worker in self.workers:
+            worker.kill()
 
     def close(self) -> None:
-        """End the processes. Unfinished tasks are lost."""
+        """End the processes. Unfinished tasks are lost. Some workers start again for a new task."""
         # Kill the processes first, because `shutdown` waits until the threads have the results of
         # all running tasks.
-        for worker in self._workers:
-            worker.process.kill()
+        self.kill()
         self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
+        self._threads = ThreadPoolExecutor(len(self.workers), "tunesmith-workers")
+        for worker in self.workers:
             worker.close()
 
 

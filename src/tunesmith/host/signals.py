@@ -39,7 +39,9 @@ STOP_PATIENCE_SECONDS = 0.7
 # Two SIGINTs within this time (in seconds) count as one press of ctrl-C: the terminal sends a
 # SIGINT to all processes, and a wrapper such as `timeout` forwards its SIGINT again.
 ONE_PRESS = 0.3
-# The same for other signals. Schedulers and launchers each send theirs to the ranks.
+# The same for other signals: schedulers and launchers each send theirs to the ranks. A later signal
+# ends a run only if its main thread is blocked, because Slurm repeats SIGTERM at the end of the
+# grace time of a preempted job, in which the run may still save.
 ONE_REQUEST = 5.0
 # Seconds that the main thread has to end after a second signal. It may be blocked in a collective.
 END_NOW_SECONDS = 2.0
@@ -75,9 +77,10 @@ class StopRequest:
 
     Until `defer_signals` is called, a signal raises KeyboardInterrupt, because libraries rarely
     catch this exception. At the end of the context, StoppedError replaces it. After `defer_signals`
-    a signal is only recorded: the caller reads `signal` and ends the run. A second signal of the
-    same kind then sets `now` and raises KeyboardInterrupt. If the main thread of a command does not
-    end soon after that, the watcher thread ends the process with exit code 130.
+    a signal is only recorded: the caller reads `signal` and ends the run. A second SIGINT, or a
+    second signal of another kind while the main thread is blocked, then sets `now` and raises
+    KeyboardInterrupt. If the main thread of a command does not end soon after that, the watcher
+    thread ends the process with exit code 130.
 
     Attributes:
         signal: name of the first stop signal, or None.
@@ -121,6 +124,7 @@ class StopRequest:
         self._force_exit = False  # whether the next signal raises Interrupted even if deferred
         self._announces = False
         self._previous_handlers: dict[int, Any] = {}
+        self._handled: set[int] = set()  # signals that the main thread has noticed
 
     def __enter__(self) -> Self:
         # Python sets signal handlers only in the main thread. In another thread, such as a
@@ -216,6 +220,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Record a signal in the main thread. Raise Interrupted if signals are not deferred."""
         is_first = self.signal is None
+        self._handled.add(number)
         # The signal was simulated by `ask`, so raise an exception without recording a signal.
         if self.low_memory is not None and is_first and not self._deferred:
             raise Interrupted
@@ -240,13 +245,13 @@ class StopRequest:
                 name = signal.Signals(number).name
                 now = time.monotonic()
                 is_press = name == "SIGINT"
-                seconds = ONE_PRESS if is_press else ONE_REQUEST
+                seconds = ONE_PRESS if is_press else max(ONE_REQUEST, 2 * self.takes)
                 if name not in received:
                     received[name] = now
                     again = "; press ctrl-C again to stop now" if is_press else ""
                     if self._announces:
                         log.info(f"{name}: stopping after {self.doing}{again}")
-                elif now - received[name] > seconds:
+                elif now - received[name] > seconds and (is_press or number not in self._handled):
                     received[name] = now
                     self.now = True
                     self._force_exit = True

@@ -26,11 +26,11 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects
 from rich.filesize import decimal as size_text
 
+from tunesmith.config.paths import find_local_model
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import (
     check_regular_files,
-    find_similar_path,
     require_disk_space,
 )
 from tunesmith.hub.gguf import convert_gguf
@@ -116,21 +116,9 @@ def local_model(model: Model) -> Path | None:
     Raise ModelError if the path does not exist.
     """
     name = model.name
-    path = Path(os.path.expanduser(name))
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    path = find_local_model(name)
+    if path is not None:
         return path
-    # The name is a path and not a Hub id if it ends with .gguf, starts like a path or has several
-    # slashes.
-    is_path = name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path or path.is_file():
-        near = path.parent if path.is_file() else find_similar_path(path)
-        fix = f"did you mean {near}?" if near else "correct the path, or use a Hub id: owner/name"
-        raise ModelError(
-            f"there is no folder or .gguf file {name}",
-            where="model.name",
-            fix=f"{fix}; if the base model of a run was moved, set model.name in the run's "
-            "config.yaml",
-        )
     with hub_calls(name, model.revision):
         cached = try_to_load_from_cache(name, "config.json", revision=model.revision)
     if "/" not in name and not isinstance(cached, str):

@@ -3,8 +3,7 @@
     def score(answer: str, row: dict) -> float                        one answer
     def score(prompts, completions, **columns) -> list[float | None]  all answers to a row, as TRL
 
-A function of either form can be `async`. Functions for other tools are refused, with the lines that
-wrap them.
+A function of either form can be `async`. Functions for other tools are refused.
 """
 
 import asyncio
@@ -21,30 +20,19 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from tunesmith.errors import RunError, UsageError
-from tunesmith.host.shell import shell_path
 from tunesmith.scoring.scorers import (
     REFERENCE,
     AnswerScores,
     RewardedAnswer,
+    broken_scorer_file,
     error_reason,
+    no_scorer_function,
     own_scorer_file,
     scorer_label,
 )
 
-# Parameters that only functions for verl and verifiers have, and how a wrapper passes them.
-_OTHER_TOOLS = {
-    "solution_str": "answer",
-    "data_source": 'row["data_source"]',
-    "ground_truth": 'row["ground_truth"]',
-    "completion": '[{"role": "assistant", "content": answer}]',
-    "state": "row",
-}
-_OUR_PARAMETERS = {"answer": "answer", "row": "row"}
-_SCORER_LINES = """write these lines to scorer.py beside {file}.py, and name scorer.py:score:
-from {file} import {name}
-reward = {made}
-def score({own}):
-    return reward({arguments})"""
+# Parameters that only functions for verl and verifiers have.
+_OTHER_TOOLS = {"solution_str", "data_source", "ground_truth", "completion", "state"}
 
 
 @dataclass(frozen=True)
@@ -76,13 +64,13 @@ class OwnScorer:
         texts = [answer.text_for(self.name) for answer in answers]
         rows = [_columns(answer) for answer in answers]
         try:
-            if self.takes_group:
-                values = self._call_group(answers, texts, rows, state, scores)
-            else:
-                values = [_finished(self.function(texts[0], rows[0]))]
+            if not self.takes_group:
+                value = _finished(self.function(texts[0], rows[0]))
+                return [{scorer_label(self.name): _number(value, limit)}]
+            values = self._call_group(answers, texts, rows, state, scores)
             for of_answer, value in zip(scores, values, strict=True):
                 # TRL's functions return None for an answer that they do not reward.
-                if not (value is None and self.takes_group):
+                if value is not None:
                     of_answer[scorer_label(self.name)] = _number(value, limit)
         except (Exception, SystemExit) as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -182,57 +170,32 @@ def load_own_scorer(name: str) -> OwnScorer:
         # Execute the file instead of importing it. An import would write __pycache__ next to it.
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"{path.name} cannot be loaded",
-            where=where,
-            why=error_reason(error),
-            fix=f"run the file alone to see the failing line: python {shell_path(path)}",
-        ) from None
+        raise broken_scorer_file(path, where, error) from None
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UsageError(
-            f"{path.name} has no function {function_name}",
-            where=where,
-            fix=f"define the function: def {function_name}(answer: str, row: dict) -> float",
-        )
-    return OwnScorer(name, function, _takes_group(function, function_name, path, where))
+        raise no_scorer_function(path, function_name, where)
+    return OwnScorer(name, function, _takes_group(function, function_name, where))
 
 
-def _takes_group(function: Any, name: str, path: Path, where: str) -> bool:
+def _takes_group(function: Callable[..., Any], name: str, where: str) -> bool:
     """Return whether a function has TRL's form. Raise UsageError if it has another tool's form."""
-    is_class = inspect.isclass(function)
-    signature = inspect.signature(function.__call__ if is_class else function)
-    # Skip `self` of a class.
-    parameters = [*signature.parameters.values()][is_class:]
-    names = [parameter.name for parameter in parameters]
-    takes_group = "completions" in names
-    if takes_group and not is_class:
-        return True
-    known = _OTHER_TOOLS
-    if known.keys().isdisjoint(names):
-        known = _OUR_PARAMETERS
-        with suppress(TypeError):
-            if not is_class:
-                signature.bind("", {})
+    what = f"{name} is a class"
+    if not inspect.isclass(function):
+        what = f"{name}(...) is no scorer"
+        # The parameters of some functions in C are not known, or do not fit.
+        with suppress(TypeError, ValueError):
+            signature = inspect.signature(function)
+            names = signature.parameters.keys()
+            if "completions" in names:
+                return True
+            what = f"{name}({', '.join(names)}) is no scorer"
+            signature.bind("", {})
+            if names.isdisjoint(_OTHER_TOOLS):
                 return False
-    arguments = [
-        f"{parameter.name}={known.get(parameter.name, f'row[{parameter.name!r}]')}"
-        for parameter in parameters
-        if parameter.default is parameter.empty and "*" not in str(parameter)
-    ]
-    own = "completions, **columns" if takes_group else "answer, row"
-    if is_class:
-        arguments = ["completions=completions, **columns" if takes_group else own]
     raise UsageError(
-        f"{name} is a class" if is_class else f"{name}({', '.join(names)}) is no scorer",
+        what,
         where=where,
         why="a scorer is a function f(answer, row), or TRL's f(completions, **columns)",
-        fix=_SCORER_LINES.format(
-            file=path.stem,
-            name=name,
-            made=f"{name}()" if is_class else name,
-            own=own,
-            # Each argument has a line, so that no line is too long for the terminal.
-            arguments=",\n                  ".join(arguments),
-        ),
+        fix=f"write a function that calls {name}: def score(answer, row): return {name}(...); "
+        'answer is the text, and row["NAME"] is a column of the row',
     )

@@ -11,15 +11,14 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import suppress
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple, Self
 
-from tunesmith.data.workers import Worker, end_with_parent
+from tunesmith.data.workers import Worker, WorkerPool, end_with_parent
 from tunesmith.errors import DataError, MachineError, RunError, UsageError
 from tunesmith.scoring.own_scorers import OwnScorer, load_own_scorer
 from tunesmith.scoring.scorers import (
@@ -246,7 +245,7 @@ class ScorerProcess:
         raise error(what, where=where, why=why, fix=fix)
 
 
-class ScorerPool:
+class ScorerPool(WorkerPool[ScorerProcess]):
     """Several processes that score answers at the same time. Use it in a `with` statement.
 
     Args:
@@ -263,36 +262,20 @@ class ScorerPool:
         *,
         count: int = 1,
     ) -> None:
-        self._processes = [
-            ScorerProcess(names, call_reader, own_seconds, limit) for _ in range(count)
-        ]
-        self._idle = SimpleQueue[ScorerProcess]()
-        for process in self._processes:
-            self._idle.put(process)
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tunesmith-scorers")
+        super().__init__(
+            [ScorerProcess(names, call_reader, own_seconds, limit) for _ in range(count)]
+        )
 
     def __enter__(self) -> Self:
-        self._processes[0].__enter__()
+        self.workers[0].__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Kill the processes first, because `shutdown` waits for the results of running tasks.
-        self._kill()
-        self._threads.shutdown(cancel_futures=True)
         self.close()
-
-    def _kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-
-    def close(self) -> None:
-        """End the processes. A later call of `score_all` starts them again."""
-        for process in self._processes:
-            process.close()
 
     def check(self, name: str, row: ScoredRow) -> None:
         """Raise DataError if the scorer cannot score the row."""
-        self._processes[0].check(name, row)
+        self.workers[0].check(name, row)
 
     def score_all(
         self,
@@ -311,38 +294,30 @@ class ScorerPool:
 
         Raise RunError if the scorer has failed for FAULT_SHARE of the answers.
         """
-        first = self._processes[0]
+        first = self.workers[0]
         first.start()
         groups = [[answer] for answer in answers]
         if name in first.group_scorers:
             groups = [[*group] for _, group in groupby(answers, key=lambda answer: id(answer.row))]
-
-        def score(group: list[RewardedAnswer]) -> list[AnswerScores] | RunError:
-            process = self._idle.get()
-            try:
-                return process.score(name, group, state)
-            except RunError as error:
-                return error
-            finally:
-                self._idle.put(process)
-
         scores: list[AnswerScores | None] = []
         failed = 0
-        futures = [self._threads.submit(score, group) for group in groups]
+        futures = [self.submit(ScorerProcess.score, name, group, state) for group in groups]
         try:
             for group, future in zip(groups, futures, strict=True):
                 while not wait([future], POLL_SECONDS).done or cancelled():
                     if cancelled():
-                        self._kill()
+                        self.kill()
                         return [None] * len(answers)
-                result = future.result()
-                if isinstance(result, RunError):
-                    failed += len(group)
-                    if failed >= max(MIN_FAULTS, FAULT_SHARE * len(answers)):
-                        raise result
-                    if failed <= SHOWN_FAULTS:
-                        log.warning(f"{result.where}: {result.what}; {result.why}")
-                scores += [None] * len(group) if isinstance(result, RunError) else result
+                fault = future.exception()
+                if not isinstance(fault, RunError):
+                    scores += future.result()
+                    continue
+                scores += [None] * len(group)
+                failed += len(group)
+                if failed >= max(MIN_FAULTS, FAULT_SHARE * len(answers)):
+                    raise fault
+                if failed <= SHOWN_FAULTS:
+                    log.warning(f"{fault.where}: {fault.what}; {fault.why}")
         finally:
             for future in futures:
                 future.cancel()

@@ -1,5 +1,6 @@
 """Rows with their own answers, as scorers need them."""
 
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.rows.messages import has_answer
@@ -32,13 +33,7 @@ def make_scored_row(
         row: the row as it is in the file.
         where: file and line of the row.
     """
-    calls = 0
-    tools = None
-    prompt: object = getattr(sample, "prompt", "")
-    if isinstance(sample, Conversation):
-        prompt = sample.messages[:-1]
-        calls = len(sample.messages[-1].get("tool_calls") or ())
-        tools = sample.tools
+    scored = prompted_row(sample, row, where)
     raw = ""
     if has_answer(sample):
         try:
@@ -46,22 +41,35 @@ def make_scored_row(
         except DataError:
             # The template cannot write the answer after its generation prompt, for example an
             # answer without a thought. Its text can be compared anyway.
-            if calls or not template.samples_answers:
+            if scored.calls or not template.samples_answers:
                 raise
         raw = raw or own_text(sample)
     if not raw.strip():
-        return ScoredRow("", "", row, where, prompt=row.get("prompt", prompt))
+        return scored
     reference = template.without_special_tokens(raw)
     is_special = not reference.strip()
+    return replace(
+        scored,
+        reference=raw if is_special else reference,
+        raw_reference=raw,
+        is_special=is_special,
+    )
+
+
+def prompted_row(sample: Sample, row: dict[str, Any], where: str) -> ScoredRow:
+    """Return a row without the reference of its answer, see `make_scored_row`."""
+    if not isinstance(sample, Conversation):
+        return ScoredRow(
+            "", "", row, where, prompt=row.get("prompt", getattr(sample, "prompt", ""))
+        )
     return ScoredRow(
-        raw if is_special else reference,
-        raw,
+        "",
+        "",
         row,
         where,
-        calls,
-        bool(tools),
-        is_special,
-        row.get("prompt", prompt),
+        len(sample.messages[-1].get("tool_calls") or ()),
+        bool(sample.tools),
+        prompt=row.get("prompt", sample.messages[:-1]),
     )
 
 

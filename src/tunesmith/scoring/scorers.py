@@ -10,6 +10,7 @@ are in `own_scorers.py`.
 import difflib
 import json
 import re
+import symtable
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import regex
 
 from tunesmith.errors import DataError, RunError, TunesmithError, UsageError, first_line
+from tunesmith.host.shell import shell_path
 from tunesmith.scoring import text
 from tunesmith.scoring.json_fields import equal_fields, parse_strict, schema_validator
 from tunesmith.scoring.tool_calls import CallReader, call_score
@@ -332,8 +334,43 @@ def own_scorer_file(name: str) -> tuple[Path, str]:
             fix=f"did you mean --score {near[0]}?" if near else "use one of these scorers",
         )
     path = Path(file)
+    where = f"--score {name}"
     if not path.is_file():
         raise UsageError(
-            f"there is no file {file}", where=f"--score {name}", fix="correct the path of the file"
+            f"there is no file {file}", where=where, fix="correct the path of the file"
         )
+    # Look the function up without executing the file, because torch may not be loaded yet.
+    try:
+        source = path.read_bytes()
+        symbols = symtable.symtable(source, str(path), "exec").get_symbols()
+    except (SyntaxError, ValueError) as error:
+        raise broken_scorer_file(path, where, error) from None
+    names = [
+        symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()
+    ]
+    if function not in names and b"import *" not in source:
+        raise no_scorer_function(path, function, where, names)
     return path, function
+
+
+def broken_scorer_file(path: Path, where: str, error: BaseException) -> UsageError:
+    """Build the error for a file of a scorer that cannot be loaded."""
+    return UsageError(
+        f"{path.name} cannot be loaded",
+        where=where,
+        why=error_reason(error),
+        fix=f"run the file alone to see the failing line: python {shell_path(path)}",
+    )
+
+
+def no_scorer_function(
+    path: Path, function: str, where: str, names: Sequence[str] = ()
+) -> UsageError:
+    """Build the error for a file that does not define a function. `names` are the names it has."""
+    near = difflib.get_close_matches(function, names, n=1)
+    fix = f"define the function: def {function}(answer: str, row: dict) -> float"
+    return UsageError(
+        f"{path.name} has no function {function}",
+        where=where,
+        fix=f"did you mean {path.name}:{near[0]}?" if near else fix,
+    )

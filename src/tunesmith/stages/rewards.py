@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from contextlib import suppress
+from dataclasses import replace
 from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +12,13 @@ from typing import NamedTuple
 from tunesmith.config.schema import Run
 from tunesmith.data.prepare import TrainingData
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.rows.messages import has_answer
 from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.model.model_types import Support
 from tunesmith.scoring.process import ScorerProcess
 from tunesmith.scoring.reward import Reward
-from tunesmith.scoring.rows import make_scored_row
-from tunesmith.scoring.scorers import SCORERS, RewardedAnswer, ScoredRow, check_scorer_names
+from tunesmith.scoring.rows import make_scored_row, own_text, prompted_row
+from tunesmith.scoring.scorers import SCORERS, RewardedAnswer, check_scorer_names
 from tunesmith.stages.rows import RowFacts
 from tunesmith.stages.scorer_names import errors_of_reward
 
@@ -80,12 +81,10 @@ def try_scorers(rows: RowFacts) -> None:
         (sample, *_) = convert_row(first[0], source, where=where).samples
     except (DataError, IndexError):
         return  # A bad row, or a source without rows, is reported when the rows are read.
-    prompt: object = getattr(sample, "prompt", "")
-    reference = getattr(sample, "completion", "")
-    if isinstance(sample, Conversation):
-        prompt = sample.messages[:-1]
-        reference = sample.messages[-1]["content"]
-    row = ScoredRow(reference, reference, first[0], where, prompt=first[0].get("prompt", prompt))
+    row = prompted_row(sample, first[0], where)
+    if has_answer(sample):
+        reference = own_text(sample)
+        row = replace(row, reference=reference, raw_reference=reference)
     with errors_of_reward(), ScorerProcess(own, None, method.reward_seconds, math.inf) as process:
         for name in own:
             faults = []

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.resume import restore_resolved_values
+from tunesmith.config.paths import find_local_model
 from tunesmith.config.schema import Run
 from tunesmith.data.compare.splits import OpenedRows, open_sources
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
@@ -45,11 +46,13 @@ def open_rows(
         opened: rows that are open, but not checked. They are used for equal sources.
 
     Raises:
+        ModelError: the model is a path that does not exist.
         DataError: a source cannot be read, or small files have bad rows. The error lists the bad
             rows of all small files.
     """
     run = request.run
     check_scorers(run)
+    find_local_model(run.model.name)
     data = run.data
     for source in (*data.train, *data.validation):
         if is_local(source.source):

@@ -17,7 +17,7 @@ from tunesmith.data.rows.pictures import open_picture, picture_digest, picture_p
 from tunesmith.data.rows.samples import Picture, pictures_of
 from tunesmith.data.text.example import Pixels
 from tunesmith.data.tokens.token_set import SourceTokens
-from tunesmith.data.workers import WorkerPool
+from tunesmith.data.workers import Worker, WorkerPool
 from tunesmith.errors import DataError
 from tunesmith.host.cores import available_cores
 
@@ -118,7 +118,7 @@ class PixelReader:
         self.token_id = processor.token_id
         self.workers = default_workers() if workers is None else workers
         self._starting = Lock()
-        self._pool: WorkerPool[PixelTask, Pixels] | None = None
+        self._pool: WorkerPool[Worker[PixelTask, Pixels]] | None = None
 
     def of(self, part: SourceTokens, at: int, digests: Sequence[int]) -> "PicturesOfRow":
         """Return the pictures of example `at` of a source.
@@ -135,11 +135,10 @@ class PixelReader:
         # and one for validation rows.
         with self._starting:
             if self._pool is None:
-                self._pool = WorkerPool(
-                    self._make, self.workers, "a process that prepares pictures"
-                )
+                what = "a process that prepares pictures"
+                self._pool = WorkerPool([Worker(self._make, what) for _ in range(self.workers)])
                 weakref.finalize(self, self._pool.close)
-        return self._pool.submit(task, task.where).result
+        return self._pool.submit(Worker.__call__, task, task.where).result
 
 
 @dataclass(eq=False, repr=False)

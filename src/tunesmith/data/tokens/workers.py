@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
 from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
-from tunesmith.data.workers import WorkerPool
+from tunesmith.data.workers import Worker, WorkerPool
 from tunesmith.errors import DataError
 from tunesmith.host.cores import available_cores
 
@@ -46,11 +46,12 @@ def encode_batches(
         for batch in batches:
             yield batch, encode(batch)
         return
-    pool = WorkerPool(encode, count, "a tokenizer process")
+    pool = WorkerPool([Worker(encode, "a tokenizer process") for _ in range(count)])
     waiting = deque[tuple[RowBatch, Future[list[EncodedRow | DataError]]]]()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(batch, f"row {batch.first + 1} or after")))
+            where = f"row {batch.first + 1} or after"
+            waiting.append((batch, pool.submit(Worker.__call__, batch, where)))
             # Submit at most two batches per worker. This keeps all workers busy and limits the
             # memory.
             if len(waiting) > 2 * count:
