@@ -203,10 +203,12 @@ def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "held.jsonl", [*ROWS[:11], {**ROWS[11], "output": "twelve"}])
     found = evaluate_runs([near, far], rows, base=True, device="cpu")
     (comparison,) = found.comparisons
-    assert (comparison.name, comparison.is_better) == ("loss", True)
+    assert (comparison.name, comparison.paired.is_apart) == ("loss", True)
     means = {name: found.evaluations[name].scores["tuned"].loss for name in ("near", "far")}
     assert comparison.best == min(means, key=means.__getitem__)
-    assert comparison.mean == pytest.approx(means[comparison.best] - means[comparison.other])
+    assert comparison.paired.difference.mean == pytest.approx(
+        means[comparison.best] - means[comparison.other]
+    )
     assert found.table().columns == ["base", "near", "far"]
     assert "base" not in found.evaluations["far"].scores
     # Rows that were trained on are named before the verdict.

@@ -137,26 +137,19 @@ def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("request_of", "seconds"),
+    ("recipe", "request_of", "seconds"),
     [
-        ({}, 300), ({"time": "4"}, 60), ({"time": "12:00:00", "warning": 900}, 900),
-        ({"time": "12:00:00", "saving": 705.0}, 60 + 1410), ({"time": "1:00:00", "saving": 705.0}, 900),  # a quarter
+        ("llama3.1-8b-lora", {}, 300), ("llama3.1-8b-lora", {"time": "4"}, 60), ("llama3.1-8b-lora", {"time": "12:00:00", "warning": 900}, 900),
+        ("llama3.3-70b-full", {"time": "12:00:00"}, 1800), ("llama3.3-70b-full", {"time": "1:00:00"}, 900),  # a quarter
     ],
 )  # fmt: skip
 def test_the_warning_comes_early_enough_to_save_and_leaves_time_to_train(
-    request_of: dict[str, Any], seconds: int
+    recipe: str, request_of: dict[str, Any], seconds: int
 ) -> None:
-    assert slurm.warning_of(JobRequest(**request_of)) == seconds
-
-
-def test_a_checkpoint_is_saved_in_an_assumed_gb_a_second(run: Run, tmp_path: Path) -> None:
-    """70B in full: 705 GB; an adapter needs no more time."""
-    assert slurm.saving_seconds(replace(run, output_dir=str(tmp_path))) == 0.0
-    recipe = load_recipe("llama3.3-70b-full", ["train.optimizer=adamw"])
-    full = replace(recipe, output_dir=str(tmp_path))
-    assert slurm.saving_seconds(full) == pytest.approx(705.5, abs=1)
+    run = load_recipe(recipe)
+    assert slurm.warning_of(run, JobRequest(**request_of)) == seconds
     with refuses(UsageError, where="--warn-before", names=["600 s", "400 s"]):
-        slurm.warning_of(JobRequest(time="10", warning=400))
+        slurm.warning_of(run, JobRequest(time="10", warning=400))
 
 
 def test_rendered_it_is_a_script_with_its_recipe_and_nothing_is_submitted(

@@ -21,9 +21,7 @@ They replace the answer in the row, so that the output can be trained on.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -223,15 +221,9 @@ def _read_input(name: str) -> Rows:
     fix = 'send one JSON object per line: {"prompt": "..."}'
     rows = []
     for number, line in options.stdin_lines():
-        row, why = None, ""
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            why = str(error)
-        if not isinstance(row, dict):
-            raise DataError(
-                "the line is not a JSON object", where=f"stdin:{number}", why=why, fix=fix
-            )
+        row = _record_of(line)
+        if not row:
+            raise DataError("the line is not a JSON object", where=f"stdin:{number}", fix=fix)
         rows.append(row)
     if not rows:
         raise DataError("stdin contains no rows", where="stdin", fix=fix)
@@ -270,17 +262,24 @@ def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> i
             where="--output",
             fix="add --resume to continue the file or --force to overwrite it, or use another file",
         )
-    numbers = _rows_of_lines(file.lines, rows, args)
-    bad = next((i for i, (last, n) in enumerate(pairwise([0, *numbers])) if n < last), None)
+    places = {Path(rows.where(i)).name: i for i in range(len(rows))}
+    numbers = []
+    for i, line in enumerate(file.lines):
+        number = i // args.samples
+        # The lines of an output without --keep are answers to the first rows, in order.
+        if args.keep is not None:
+            number = places.get(str(_record_of(line).get("where")), -1)
+        elif number >= len(rows) or not _is_answer_to(_record_of(line), rows[number]):
+            number = -1
+        numbers.append(number)
     # An incomplete last line is written again if it follows answers and an answer is missing. With
     # --keep, it is not known how many lines are missing.
-    whole = (0, len(rows) * args.samples)
-    if bad is None and file.torn and args.keep is None and len(numbers) in whole:
-        bad = len(numbers)
-    if bad is not None:
+    if file.torn and args.keep is None and len(numbers) in (0, len(rows) * args.samples):
+        numbers.append(-1)
+    if -1 in numbers:
         raise UsageError(
             "a line of the output does not come from a row of the input",
-            where=f"{args.output}:{bad + 1}",
+            where=f"{args.output}:{numbers.index(-1) + 1}",
             fix="give the input that the output was made from, or use --force instead of --resume",
         )
     if not numbers:
@@ -294,31 +293,19 @@ def _answered_rows(file: ResumedFile, rows: Rows, args: argparse.Namespace) -> i
     return last
 
 
-def _rows_of_lines(lines: Sequence[bytes], rows: Rows, args: argparse.Namespace) -> list[int]:
-    """Return for each line of the output the index of its row, or -1 if it has none."""
-    places = {Path(rows.where(i)).name: i for i in range(len(rows))}
-    numbers = []
-    for i, line in enumerate(lines):
-        record = None
-        with suppress(ValueError):
-            record = json.loads(line)
-        number = -1
+def _record_of(line: str | bytes) -> dict[str, object]:
+    """Return the JSON object of a line, or an empty object if the line has none."""
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
         if isinstance(record, dict):
-            if args.keep is not None:
-                number = places.get(str(record.get("where")), -1)
-            # The lines of an output without --keep are answers to the first rows, in order.
-            elif _is_answer_to(record, rows, i // args.samples):
-                number = i // args.samples
-        numbers.append(number)
-    return numbers
+            return record
+    return {}
 
 
-def _is_answer_to(record: dict[str, object], rows: Rows, number: int) -> bool:
-    if number >= len(rows) or "output" not in record:
-        return False
+def _is_answer_to(record: dict[str, object], row: dict[str, object]) -> bool:
     # Convert the row to JSON and back, so that it can be compared with the record in the file. For
     # example, JSON stores a date as text.
-    fields = json.loads(json.dumps(rows[number], default=str))
+    fields = json.loads(json.dumps(row, default=str))
     for name in ("output", "reference", "score"):
         fields.pop(name, None)
-    return bool(fields.items() <= record.items())
+    return "output" in record and bool(fields.items() <= record.items())

@@ -32,19 +32,18 @@ class RowComparison:
         name: the measure: `loss`, or the name of a scorer.
         best: the run with the better mean.
         other: the other run.
-        is_better: whether the difference is significant.
-        verdict: the result in a sentence.
-        mean: mean difference, `best` minus `other`.
-        interval: confidence interval of the mean; infinite if too few rows differ.
+        paired: the difference, `best` minus `other`, with its confidence interval.
     """
 
     name: str
     best: str
     other: str
-    is_better: bool
-    verdict: str
-    mean: float
-    interval: Interval
+    paired: PairedIntervals
+
+    @property
+    def verdict(self) -> str:
+        """The result in a sentence."""
+        return difference_sentence(self.name, self.paired, first=self.other, second=self.best)
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,10 @@ class RunsEvaluation(Tabular):
         return [*self.obstacles, *(comparison.verdict for comparison in self.comparisons)]
 
     def notes(self) -> Iterator[str]:
-        """Yield the notes about the rows, one line each.
-
-        A note that does not apply to all runs starts with the name of its run.
-        """
-        texts = [set(evaluation.notes()) for evaluation in self.evaluations.values()]
-        common = set.intersection(*texts)
-        for i, (name, evaluation) in enumerate(self.evaluations.items()):
+        """Yield the notes about the rows of each run, one line each."""
+        for name, evaluation in self.evaluations.items():
             for note in evaluation.notes():
-                if note not in common:
-                    yield f"{name}: {note}"
-                # A note that all runs have is shown only once.
-                elif i == 0:
-                    yield note
+                yield f"{name}: {note}"
 
 
 def evaluate_runs(
@@ -130,72 +120,77 @@ def evaluate_runs(
         UsageError: the runs have different held-out rows, or different base models.
         Also the errors of `evaluate`.
     """
-    locations = [locate_run(path, trust_remote_code=trust_remote_code) for path in paths]
-    if data is None:
-        _check_held_out(paths, locations)
-    if base:
-        _check_same_base(paths, locations)
+    _check_comparable(
+        paths,
+        [locate_run(path, trust_remote_code=trust_remote_code) for path in paths],
+        held_out=data is None,
+        base=base,
+    )
     evaluations: dict[str, Evaluation] = {}
     for name, path in zip(_names(paths), paths, strict=True):
-        # All runs have the same base, so it is scored only with the first run.
-        has_base = base and not evaluations
-        file = output and Path(output) / f"{name.replace('/', '-')}.jsonl"
         evaluations[name] = evaluate(
             path,
             data,
-            base=has_base,
-            output=file,
+            # All runs have the same base, so it is scored only with the first run.
+            base=base and not evaluations,
+            output=output and Path(output) / f"{name.replace('/', '-')}.jsonl",
             trust_remote_code=trust_remote_code,
             **options,
         )
-    comparisons: list[RowComparison] = []
     obstacles = []
-    has_same_tokens = len({evaluation.row_hash for evaluation in evaluations.values()}) == 1
-    if has_same_tokens:
-        comparisons += _compare_losses(evaluations)
-    else:
+    results = evaluations.values()
+    has_same_tokens = len({result.row_hash for result in results}) == 1
+    if not has_same_tokens:
         obstacles.append(
             "loss: not comparable, because the runs have different tokens for the same rows: "
             "they differ in template, tokenizer, seq_len or train_on; use --score to compare the "
             "answers"
         )
-    has_same_answers = len({evaluation.reference_hash for evaluation in evaluations.values()}) == 1
+    has_same_answers = len({result.reference_hash for result in results}) == 1
     if not has_same_answers:
         obstacles.append("scores: not comparable, because the runs have answered different rows")
-    for i, row_scores in enumerate(next(iter(evaluations.values())).by_scorer):
+    comparisons: list[RowComparison] = []
+    if has_same_tokens:
+        comparisons += _compare_losses(evaluations)
+    for i, row_scores in enumerate(next(iter(results)).by_scorer):
         if has_same_tokens if row_scores.name == PAIRS else has_same_answers:
             comparisons += _compare_scores(evaluations, i)
     return RunsEvaluation(evaluations, tuple(comparisons), tuple(obstacles))
 
 
-def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
-    """Raise UsageError if a run has no held-out rows, or other held-out rows than the first run."""
-    first = locations[0].held_out_hash
+def _check_comparable(
+    paths: Sequence[str | Path], locations: Sequence[RunLocation], *, held_out: bool, base: bool
+) -> None:
+    """Raise UsageError if the runs have other held-out rows or another base than the first run.
+
+    Args:
+        held_out: compare the held-out rows, because they are evaluated.
+        base: compare the base models, because the base is evaluated only once.
+    """
+    first = locations[0]
     for path, location in zip(paths, locations, strict=True):
-        require_held_out(location, path)
+        where = f"{paths[0]} and {path}"
+        if held_out:
+            require_held_out(location, path)
         # The hash is None if it is unknown.
-        if first and location.held_out_hash not in (None, first):
+        hashes = {first.held_out_hash, location.held_out_hash} - {None}
+        if held_out and len(hashes) == 2:
             raise UsageError(
                 "the runs have different held-out rows",
-                where=f"{paths[0]} and {path}",
+                where=where,
                 why="the hashes of the held-out rows differ (validation_hash in env.json)",
                 fix="use --data FILE with rows that no run was trained on",
             )
-
-
-def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
-    """Raise UsageError if the runs have different base models."""
-    first = vars(locations[0].base)
-    for path, location in zip(paths, locations, strict=True):
+        own = vars(location.base)
         differing = [
-            f"model.{key} is {first[key]} and {value}"
-            for key, value in vars(location.base).items()
-            if value != first[key]
+            f"model.{key} is {value} and {own[key]}"
+            for key, value in vars(first.base).items()
+            if value != own[key]
         ]
-        if differing:
+        if base and differing:
             raise UsageError(
                 "the runs have different base models",
-                where=f"{paths[0]} and {path}",
+                where=where,
                 why=", ".join(differing),
                 fix="remove --base, or evaluate each run separately",
             )
@@ -225,8 +220,8 @@ def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowCompariso
     best = min(results, key=lambda name: results[name].loss)
     for other, result in results.items():
         if other != best:
-            loss = paired_losses(result.row_losses, results[best].row_losses, result.row_tokens)
-            yield _comparison("loss", loss, best, other)
+            paired = paired_losses(result.row_losses, results[best].row_losses, result.row_tokens)
+            yield RowComparison("loss", best, other, paired)
 
 
 def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator[RowComparison]:
@@ -239,10 +234,4 @@ def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator
     for other, scores in by_row.items():
         if other != best:
             paired = paired_intervals(scores, by_row[best])
-            yield _comparison(row_scores.name, paired, best, other)
-
-
-def _comparison(name: str, paired: PairedIntervals, best: str, other: str) -> RowComparison:
-    verdict = difference_sentence(name, paired, first=other, second=best)
-    interval = paired.difference
-    return RowComparison(name, best, other, paired.is_apart, verdict, interval.mean, interval)
+            yield RowComparison(row_scores.name, best, other, paired)

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunesmith.config.schema import Source
 from tunesmith.errors import UsageError
@@ -19,31 +19,26 @@ from tunesmith.units import count_of
 
 _CONDITION = re.compile(r"\s*score\s*(>=|>|==)\s*(\d+\.?\d*|\.\d+)\s*")
 _OPERATORS = {">=": operator.ge, ">": operator.gt, "==": operator.eq}
+Condition = Callable[[float], bool]
 # Formats whose rows have one answer, which a sampled answer can replace.
 _SINGLE_ANSWER_FORMATS = ("prompt-completion", "alpaca", "messages", "sharegpt")
 
 
-class Condition(NamedTuple):
-    """The condition of `--keep`, such as `score >= 1`."""
-
-    comparison: str
-    limit: float
-
-    def accepts(self, score: float) -> bool:
-        return bool(_OPERATORS[self.comparison](score, self.limit))
-
-
 def read_condition(text: str) -> Condition:
-    """Parse the condition of `--keep`. Raise UsageError if it has another form."""
+    """Parse the condition of `--keep`, such as `score >= 1`, to a function of the score.
+
+    Raise UsageError if it has another form.
+    """
     match = _CONDITION.fullmatch(text)
-    if match:
-        return Condition(match[1], float(match[2]))
-    raise UsageError(
-        f"the condition {text!r} cannot be read",
-        where="--keep",
-        why="a condition compares the score with a number, by >=, > or ==",
-        fix='use for example --keep "score >= 1"',
-    )
+    if not match:
+        raise UsageError(
+            f"the condition {text!r} cannot be read",
+            where="--keep",
+            why="a condition compares the score with a number, by >=, > or ==",
+            fix='use for example --keep "score >= 1"',
+        )
+    accepts, limit = _OPERATORS[match[1]], float(match[2])
+    return lambda score: bool(accepts(score, limit))
 
 
 class KeptAnswers:
@@ -110,7 +105,7 @@ class KeptAnswers:
                 yield {**row, "score": score}
                 continue
             text = row.pop("output")
-            is_accepted = score is not None and self.condition.accepts(score)
+            is_accepted = score is not None and self.condition(score)
             if not answer.finished or not is_accepted or text in seen:
                 continue
             seen.add(text)

@@ -1,13 +1,13 @@
 """Functions that run the command `eval` for one run or several runs, and print its result."""
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+
+from pydantic_core import to_json
 
 from tunesmith.cli.options import ProgressCounter, leave_lines_to_rank_0, notify
 from tunesmith.distributed.ranks import (
@@ -17,7 +17,7 @@ from tunesmith.distributed.ranks import (
     started_as,
 )
 from tunesmith.host.streams import width_of
-from tunesmith.metrics.intervals import Interval, difference_sentence
+from tunesmith.metrics.intervals import difference_sentence
 from tunesmith.tools.evaluate.decoding_options import read_decoding
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
@@ -61,12 +61,12 @@ def run_rows(args: argparse.Namespace) -> None:
 def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) -> None:
     """Print the scores as a table with warnings and notes, or as JSON."""
     if args.json:
-        report = (
-            as_report(args.runs[0], result)
-            if isinstance(result, Evaluation)
-            else runs_as_report(args.runs, result)
-        )
-        print(json.dumps(report, indent=2))
+        if isinstance(result, Evaluation):
+            report = as_report(args.runs[0], result)
+        else:
+            report = runs_as_report(args.runs, result)
+        # JSON has no NaN and no infinity.
+        print(to_json(report, indent=2, inf_nan_mode="null").decode())
         return
     table = result.table()
     notify(table.title)
@@ -90,7 +90,7 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         names = ["rows"]
         if score.tokens:
             names += ["tokens", "loss", "perplexity", "token_accuracy"]
-        report[name] = {each: finite_or_none(getattr(score, each)) for each in names}
+        report[name] = {each: getattr(score, each) for each in names}
     if result.answers is not None:
         report["answers"] = str(result.answers)
         report["unanswered"] = result.unanswered
@@ -101,7 +101,7 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
     if loss is not None:
         report["loss_difference"] = {
             "rows": loss.rows,
-            **difference_as_json(loss.difference),
+            **loss.difference._asdict(),
             "verdict": difference_sentence("loss", loss),
         }
     if result.seen is not None:
@@ -111,29 +111,25 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
 
 def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str, object]:
     """Return the values that --json prints for several runs."""
-    runs = {}
     evaluations = result.evaluations.items()
-    for run_name, (name, evaluation) in zip(run_names, evaluations, strict=True):
-        runs[name] = as_report(run_name, evaluation)
-    comparisons = []
-    for comparison in result.comparisons:
-        values = vars(comparison).copy()
-        del values["mean"]
-        comparisons.append({**values, **difference_as_json(values.pop("interval"))})
-    return {"runs": runs, "comparisons": comparisons, "not_compared": result.obstacles}
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return the number, or None for NaN and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
-
-
-def difference_as_json(interval: Interval) -> dict[str, float | None]:
-    """Return a mean difference for JSON.
-
-    The ends of the interval are None if there are too few rows for an interval.
-    """
-    return {name: finite_or_none(value) for name, value in interval._asdict().items()}
+    return {
+        "runs": {
+            name: as_report(run_name, evaluation)
+            for run_name, (name, evaluation) in zip(run_names, evaluations, strict=True)
+        },
+        "comparisons": [
+            {
+                "name": comparison.name,
+                "best": comparison.best,
+                "other": comparison.other,
+                "is_better": comparison.paired.is_apart,
+                "verdict": comparison.verdict,
+                **comparison.paired.difference._asdict(),
+            }
+            for comparison in result.comparisons
+        ],
+        "not_compared": result.obstacles,
+    }
 
 
 def scores_as_json(scores: RowScores) -> dict[str, object]:

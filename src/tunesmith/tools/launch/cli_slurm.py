@@ -85,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="warning",
         type=whole_number,
         metavar="SECONDS",
-        help="seconds before the time limit at which the run saves (default: at least 300, more "
-        "for a large checkpoint, at most a quarter of the limit)",
+        help="seconds before the time limit at which the run saves (default: 300, or 1800 for full "
+        "fine-tuning, at most a quarter of the limit)",
     )
     parser.add_argument(
         "--render",
@@ -105,7 +105,6 @@ def run(args: argparse.Namespace) -> None:
     if recipe.parallel != Parallel():
         # Check that the recipe's mesh fits the number of ranks.
         possible_shapes(recipe.parallel, ranks)
-    request = dataclasses.replace(request, saving=slurm.saving_seconds(recipe))
     words = [args.recipe, *args.overrides]
     if args.render:
         # Only warn about missing files, because the script may be submitted on another machine that

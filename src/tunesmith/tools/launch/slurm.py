@@ -6,14 +6,13 @@ submitting shell is not passed to the job, because Slurm stores it on the contro
 may contain tokens. Only the variables that the script sets are passed.
 """
 
-import math
 import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.config.dump import dump
@@ -25,9 +24,6 @@ from tunesmith.host.shell import shell_command
 from tunesmith.launch.job import FOLDER, POLL, save_job, state_folder
 from tunesmith.launch.jobs import safe_value, write_recipe
 from tunesmith.launch.slurm_job import SlurmJob, run_slurm
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.safetensors_files import read_json
-from tunesmith.model.shapes import config_of_model
 from tunesmith.tools.launch.inputs import hub_sources, passed_variables, recipe_inputs
 
 # Names of files in the folder `launch` of the run directory.
@@ -36,14 +32,10 @@ LOG_NAME = "slurm"
 # Slurm's reasons of a pending job that asks for more nodes than the partition has.
 NEVER_STARTS = re.compile("PENDING: Partition(NodeLimit|Config)")
 REASON_SECONDS = 5.0
-# Minimum number of seconds between the signal that makes the run save and the job's time limit. It
-# is reduced if the time limit is short.
-MIN_WARNING_SECONDS = 300
-# Seconds that are added to the saving time, because the current step must end first, and Slurm
-# handles time limits with a resolution of one minute.
-STEP_AND_CLOCK_SECONDS = 60
-# Assumed speed of writing a checkpoint to a shared disk, in bytes per second.
-ASSUMED_BYTES_PER_SECOND = 1e9
+# Default number of seconds between the signal that makes the run save and the job's time limit, but
+# at most a quarter of the limit. The first is for adapters, whose checkpoints are small. In the
+# second, a disk that writes 0.5 GB/s saves 900 GB, which is more than a model of 70B needs.
+WARNING_SECONDS = (300, 1800)
 # Variables of the submitting shell that are passed to the job. A variable is left out if its name
 # or value looks like a secret.
 PASSED_TO_JOB = re.compile(
@@ -182,8 +174,7 @@ class JobRequest:
         sbatch: additional options of sbatch, which are copied into the script.
         max_requeues: maximum number of times that the job is requeued.
         warning: seconds between the signal that makes the run save and the time limit. None means
-            300, or more if saving takes longer, but at most a quarter of the time limit.
-        saving: estimated seconds that it takes to save a checkpoint.
+            one of WARNING_SECONDS, but at most a quarter of the time limit.
         debug: whether ranks and NCCL write more details to the log.
     """
 
@@ -202,7 +193,6 @@ class JobRequest:
     sbatch: Sequence[str] = ()
     max_requeues: int = 5
     warning: int | None = None
-    saving: float = 0.0
     debug: bool = False
 
 
@@ -272,7 +262,7 @@ def _directives(run: Run, request: JobRequest) -> list[str]:
     if request.gpus_per_node != "0":
         options["gpus-per-node"] = request.gpus_per_node
     # With "B:", Slurm sends the signal only to the batch script, which forwards it to the ranks.
-    options["signal"] = f"B:USR1@{warning_of(request)}"
+    options["signal"] = f"B:USR1@{warning_of(run, request)}"
     lines = [
         f"--{key}={_directive_word(value, f'--{key}')}"
         for key, value in options.items()
@@ -313,7 +303,7 @@ def ranks_of(request: JobRequest) -> int:
     return max(int(match[1]), 1)
 
 
-def warning_of(request: JobRequest) -> int:
+def warning_of(run: Run, request: JobRequest) -> int:
     """Return how many seconds before the time limit the ranks are asked to save.
 
     Raise UsageError if the user's value is more than half of the time limit.
@@ -321,13 +311,8 @@ def warning_of(request: JobRequest) -> int:
     # 0 means that the job sets no time limit. Then the limit of the partition applies, which is
     # unknown here.
     limit = limit_seconds(request.time) if request.time else 0
-    seconds = request.warning
-    if not seconds:
-        # Reserve enough time to save, even if the disk is half as fast as assumed, but at most a
-        # quarter of the limit, so that most of the time is used for training.
-        seconds = max(MIN_WARNING_SECONDS, STEP_AND_CLOCK_SECONDS + math.ceil(2 * request.saving))
-        if limit >= 4:
-            seconds = min(seconds, limit // 4)
+    default = WARNING_SECONDS[run.adapter.kind == "none"]
+    seconds = request.warning or min(default, limit // 4 or default)
     if limit and seconds > limit // 2:
         raise UsageError(
             f"the run would stop {seconds} s before its time limit of {limit} s",
@@ -336,28 +321,6 @@ def warning_of(request: JobRequest) -> int:
             fix=f"use a longer --time, or --warn-before {limit // 4}",
         )
     return seconds
-
-
-def saving_seconds(run: Run) -> float:
-    """Estimate the seconds that it takes to save a checkpoint, at ASSUMED_BYTES_PER_SECOND.
-
-    Return 0 for an adapter, because its checkpoint is small. Also return 0 if the config of the
-    model is not available.
-    """
-    if run.adapter.kind != "none":
-        return 0.0
-    file = Path(run.model.name, "config.json")
-    config = read_json(file) if file.is_file() else config_of_model(run.model.name)
-    if config is None:
-        return 0.0
-    from tunesmith.planning.resolve import checkpoint_bytes  # loads torch
-
-    spec = model_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
-    base = file.parent if file.is_file() else None
-    if run.model.dtype == "auto":
-        run = replace(run, model=replace(run.model, dtype="bf16"))  # most GPUs support bf16
-    size, _ = checkpoint_bytes(run, spec.parameters, base)
-    return size / ASSUMED_BYTES_PER_SECOND
 
 
 def limit_seconds(text: str) -> int:
