@@ -10,7 +10,6 @@ are in `own_scorers.py`.
 import difflib
 import json
 import re
-import symtable
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -339,15 +338,12 @@ def own_scorer_file(name: str) -> tuple[Path, str]:
         raise UsageError(
             f"there is no file {file}", where=where, fix="correct the path of the file"
         )
-    # Look the function up without executing the file, because torch may not be loaded yet.
+    # Look the name up without executing the file, because torch may not be loaded yet.
+    source = path.read_bytes()
     try:
-        source = path.read_bytes()
-        symbols = symtable.symtable(source, str(path), "exec").get_symbols()
+        names = compile(source, str(path), "exec").co_names
     except (SyntaxError, ValueError) as error:
         raise broken_scorer_file(path, where, error) from None
-    names = [
-        symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()
-    ]
     if function not in names and b"import *" not in source:
         raise no_scorer_function(path, function, where, names)
     return path, function

@@ -52,7 +52,6 @@ def open_rows(
     """
     run = request.run
     check_scorers(run)
-    find_local_model(run.model.name)
     data = run.data
     for source in (*data.train, *data.validation):
         if is_local(source.source):
@@ -69,5 +68,6 @@ def open_rows(
                 refused.append(bad)
     if refused:
         raise error_of_sources(refused)
+    find_local_model(run.model.name)
     model = restore_resolved_values(run.model, request.start.previous_run)
     return RowFacts(replace(request, run=replace(run, model=model)), opened)

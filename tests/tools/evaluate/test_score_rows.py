@@ -155,7 +155,7 @@ def test_empty_answers_are_never_exact_and_special_tokens_are_compared(
     def answer_all(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
         return enumerate([Answer("", ids, True)] for _ in prompts)
 
-    monkeypatch.setattr(score_rows, "answer_all", answer_all)
+    monkeypatch.setattr("tunesmith.tools.evaluate.generate.answer_all", answer_all)
     turn = {"role": "user", "content": "Say it"}
     rows: list[dict[str, Any]] = [
         {"messages": [turn, {"role": "assistant", "content": content}]}
@@ -184,7 +184,10 @@ def test_only_answers_that_are_missing_are_made(
     both = scored(run, held, answers)
     assert both.by_scorer[0].models["tuned"] == alone.models["tuned"]
     assert both.by_scorer[0].paired is not None
-    monkeypatch.setattr(score_rows, "answer_all", lambda *_, **__: pytest.fail("answered again"))
+    monkeypatch.setattr(
+        "tunesmith.tools.evaluate.generate.answer_all",
+        lambda *_, **__: pytest.fail("answered again"),
+    )
     assert scored(run, held, answers).by_scorer == both.by_scorer
     assert scored(run, held, answers, "rouge-l", "exact").by_scorer[1].name == "exact"
 

@@ -17,10 +17,9 @@ from tunesmith.data.rows.samples import Picture, pictures_of
 from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import lines_by_default
-from tunesmith.inference.answers import answer_all, decode
+from tunesmith.inference.answers import Answer, answer_all, decode
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel
-from tunesmith.inference.sampler import Prompt
 from tunesmith.scoring.rows import make_scored_row
 from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow
 from tunesmith.tools.evaluate.row_source import find_source
@@ -134,15 +133,13 @@ def answer_rows(
     decoding: Decoding,
     *,
     samples: int = 1,
-    batch_size: int = 16,
-    start: int = 0,
-    cancelled: Callable[[], bool] = lambda: False,
+    **options: Any,
 ) -> Iterator[AnsweredRow]:
     """Check the prompts, then return an iterator that answers the rows.
 
     Args:
-        prompts: the prompts of the rows, from `make_prompts`.
-        decoding, samples, batch_size, start, cancelled: as for `generate`.
+        samples: as for `generate`.
+        options: further arguments of `answer_all`, such as `batch_size`.
 
     Raise UsageError and DataError as `generate`.
     """
@@ -151,37 +148,23 @@ def answer_rows(
     answers = answer_all(
         loaded.train_model,
         loaded.tokenizer,
-        sampler_prompts(loaded, prompts),
+        [
+            loaded.prompt(prompt.ids, prompt.pictures, prompt.scored.where, row)
+            for row, prompt in enumerate(prompts)
+        ],
         decoding,
         stops=loaded.template.end_ids,
         answers=samples,
-        batch_size=batch_size,
-        start=start,
-        cancelled=cancelled,
+        **options,
     )
 
-    # This inner generator lets the checks above run when the function is called. In a generator
-    # they would run at the first iteration.
-    def answered() -> Iterator[AnsweredRow]:
-        for i, group in answers:
-            scored = prompts[i].scored
-            raw = [decode(loaded.tokenizer, answer.ids, with_special=True) for answer in group]
-            yield AnsweredRow(
-                scored,
-                [
-                    RewardedAnswer(
-                        answer.text,
-                        text,
-                        scored,
-                        answer.ids,
-                        answer.finished,
-                        loaded.template.final_answer(text),
-                    )
-                    for answer, text in zip(group, raw, strict=True)
-                ],
-            )
+    def rewarded(answer: Answer, row: ScoredRow) -> RewardedAnswer:
+        raw = decode(loaded.tokenizer, answer.ids, with_special=True)
+        final = loaded.template.final_answer(raw)
+        return RewardedAnswer(answer.text, raw, row, answer.ids, answer.finished, final)
 
-    return answered()
+    rows = ((prompts[i].scored, group) for i, group in answers)
+    return (AnsweredRow(row, [rewarded(answer, row) for answer in group]) for row, group in rows)
 
 
 def check_samples(samples: int, decoding: Decoding) -> None:
@@ -198,11 +181,6 @@ def check_samples(samples: int, decoding: Decoding) -> None:
 def make_prompts(loaded: LoadedModel, rows: Rows, source: Source) -> list[RowPrompt]:
     """Build the prompts of all rows. Raise DataError if a row is invalid."""
     return [make_prompt(rows[i], rows.where(i), loaded, source) for i in range(len(rows))]
-
-
-def sampler_prompts(loaded: LoadedModel, prompts: Sequence[RowPrompt]) -> list[Prompt]:
-    """Return the prompts of rows in the form that the sampler needs."""
-    return [loaded.prompt(p.ids, p.pictures, p.scored.where, row) for row, p in enumerate(prompts)]
 
 
 def check_prompt_lengths(

@@ -20,7 +20,7 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.signals import StopRequest
-from tunesmith.inference.answers import Answer, answer_all, decode
+from tunesmith.inference.answers import Answer
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, RunLocation
 from tunesmith.metrics.intervals import (
@@ -34,13 +34,13 @@ from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.scoring.process import ScorerProcess
 from tunesmith.scoring.rows import read_call_form
-from tunesmith.scoring.scorers import SCORERS, TOOL_CALL, RewardedAnswer, ScoredRow, scorer_label
+from tunesmith.scoring.scorers import SCORERS, TOOL_CALL, RewardedAnswer, scorer_label
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import (
     RowPrompt,
+    answer_rows,
     check_prompt_lengths,
     make_prompt,
-    sampler_prompts,
 )
 from tunesmith.units import count_of
 
@@ -148,7 +148,6 @@ class Scoring:
         self.process = ScorerProcess(self.scorers, reader)
         self.template, self.tokenizer = loaded.template, loaded.tokenizer
         self.prompts: list[RowPrompt] = []
-        self.scored: list[ScoredRow] = []
         self.unanswered = 0
         digest = hashlib.sha256()
         # Rows without examples, which tokenization dropped, are skipped.
@@ -160,11 +159,11 @@ class Scoring:
                     self.unanswered += 1
                     continue
                 self.prompts.append(prompt)
-                self.scored.append(prompt.scored)
                 digest.update(np.array([len(prompt.ids), *prompt.ids], np.int64).tobytes())
         if not self.prompts:
             raise no_scored_rows(name, "every answer is empty")
         check_prompt_lengths(self.prompts, loaded.context, decoding)
+        self.scored = [prompt.scored for prompt in self.prompts]
         # Check every row with every scorer before answers are generated.
         with self.process as process:
             for row in self.scored:
@@ -223,29 +222,26 @@ class Scoring:
             progress(what, done, total, tokens)
 
         with StopRequest(interactive=True) as stop:
-            new_answers = answer_all(
-                loaded.train_model,
-                loaded.tokenizer,
-                sampler_prompts(loaded, self.prompts),
+            new_answers = answer_rows(
+                loaded,
+                self.prompts,
                 self.header.decoding,
-                stops=loaded.template.end_ids,
                 batch_size=self.header.batch_size,
                 start=len(answers),
                 cancelled=stop.requested,
                 ranks=self.ranks,
                 answered=count_batch,
             )
-            for i, (answer,) in new_answers:
-                raw = decode(loaded.tokenizer, answer.ids, with_special=True)
+            for row, (answer,) in new_answers:
                 saved = SavedAnswer(
                     model=model,
-                    row=i,
-                    where=self.scored[i].where,
+                    row=len(answers),
+                    where=row.where,
                     answer=answer.text,
-                    raw=None if raw == answer.text else raw,
+                    raw=None if answer.raw == answer.text else answer.raw,
                     tokens=len(answer.ids),
                     finished=answer.finished,
-                    reference=self.scored[i].reference,
+                    reference=row.reference,
                 )
                 if self.file is not None:
                     self.file.append(saved)
