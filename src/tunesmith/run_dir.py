@@ -203,7 +203,12 @@ def read_object(path: Path, form: type[T]) -> T:
 
     Raise OSError if the file cannot be read, and ValueError if its content has another type.
     """
-    values = parse_json(read_bytes(path))
+    return parse_object(read_bytes(path), form)
+
+
+def parse_object(content: bytes, form: type[T]) -> T:
+    """Parse a JSON text with an object of the type `form`. Raise ValueError for another text."""
+    values = parse_json(content)
     fault = form_fault(values, form)
     if fault:
         raise ValueError(fault)

@@ -92,6 +92,16 @@ def test_equal_scores_have_the_exact_interval_of_a_share(count: int, low: float)
     assert mean_interval([0.0] * count) == pytest.approx((0, 0, 1 - low), abs=1e-4)
 
 
+@pytest.mark.parametrize("factor", [10, -3])
+def test_rewards_of_any_size_have_the_interval_of_their_scale(factor: float) -> None:
+    rewards = np.random.default_rng(0).random(40)
+    interval = mean_interval((factor * rewards).tolist())
+    scaled = sorted(factor * end for end in mean_interval(rewards.tolist())[1:])
+    assert [interval.low, interval.high] == pytest.approx(scaled)
+    # Equal rewards say nothing about the size of other rewards.
+    assert mean_interval([factor] * 5) == (factor, -math.inf, math.inf)
+
+
 def pairs(won: int, lost: int, same: int) -> PairedIntervals:
     return paired_intervals(
         [0.0] * won + [1.0] * (lost + same), [1.0] * won + [0.0] * lost + [1.0] * same

@@ -229,18 +229,6 @@ def test_each_step_is_reported_under_the_names_of_tensorboard(tmp_path, tensorbo
     assert (tmp_path / "tensorboard-id.txt").read_text() == "id\n"
 
 
-def test_a_step_that_is_repeated_is_reported_once_and_again_if_it_comes_out_otherwise(
-    tmp_path, tensorboard
-):
-    """Killed after step 5 and resumed from checkpoint-3; then forced on with another rate."""
-    report(tensorboard, tmp_path, range(1, 6))
-    report(tensorboard, tmp_path, range(4, 8), resumed_at=3)
-    for tag in ("train/loss", "validation/loss"):
-        assert [step for step, _ in tracked(tmp_path, tag)] == [1, 2, 3, 4, 5, 6, 7]
-    report(tensorboard, tmp_path, range(7, 8), resumed_at=6, loss=9.0)
-    assert tracked(tmp_path, "train/loss")[6:] == [(7, pytest.approx(2 / 7)), (7, 9.0)]
-
-
 def test_a_tracker_that_fails_is_told_once_and_left_alone(tmp_path, tensorboard, monkeypatch):
     from accelerate.tracking import TensorBoardTracker
 

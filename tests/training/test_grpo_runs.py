@@ -171,7 +171,7 @@ def test_a_row_that_occurs_twice_in_a_step_gets_other_answers(tiny: Path, tmp_pa
     go(tiny, tmp_path, {"data": {"train": source}, "train": {"duration": "2 steps"}})
     groups = read_groups(tmp_path / "run/rollouts/step-1.safetensors")
     assert len({group.row for group in groups}) == 2
-    assert len({tuple(sorted(group.answers)) for group in groups}) == 4
+    assert len({tuple(sorted(answer.text for answer in group.answers)) for group in groups}) == 4
 
 
 def command(*words: object) -> str:
@@ -205,7 +205,7 @@ def test_rows_without_an_answer_are_scored_by_their_columns(
     for place, prompt, answers in groups:
         letter = rows[int(place.rpartition(":")[2]) - 1]["letter"]
         assert f"Say {letter}" in prompt
-        assert [reward for reward, _ in answers] == [float(letter in text) for _, text in answers]
+        assert all(answer.reward == float(letter in answer.text) for answer in answers)
     scores = command("eval", "run", "--data", "train.jsonl", "--score", "r.py:own", "--json")
     assert json.loads(scores)["scores"]
     assert json.loads(scores)["tuned"] == json.loads(scores)["base"] == {"rows": 24}
@@ -302,7 +302,7 @@ def test_a_damaged_file_of_answers_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = Path("run/rollouts/step-2.safetensors")
-    texts = {"prompts": [["Say a", "r.jsonl:1"]], "answers": ["a", "b"]}
+    texts = {"prompts": [["Say a", "r.jsonl:1"]], "answers": ["a", "b"], "scorers": ["own"]}
     damages: list[dict[str, Any]] = [
         {"prompts": []},
         {"answers": []},
@@ -310,7 +310,7 @@ def test_a_damaged_file_of_answers_is_named(
         {"prompts": 3},
         {"prompts": [["Say a", 3]]},
         {"answers": ["a", None]},
-        {"scorers": ["exact"]},
+        {"scorers": ["own", "exact"]},
     ]
     file.parent.mkdir(parents=True)
     # A reward that no float can hold, and a value of an unknown field.
@@ -322,7 +322,8 @@ def test_a_damaged_file_of_answers_is_named(
         rewards = np.array([0.5, 1.0][: len(texts["answers"])])
         if change == {"answers": []}:
             rewards = np.array([])
-        save_file({"rewards": rewards, "texts": np.frombuffer(encoded, np.uint8)}, file)
+        arrays = {"rewards": rewards, "scores": rewards[:, None]}
+        save_file(arrays | {"texts": np.frombuffer(encoded, np.uint8)}, file)
         contents.append(file.read_bytes())
     whole, *broken = contents
     for content in (*broken, whole[:-9], whole[:5], b""):

@@ -91,13 +91,16 @@ class PairedIntervals(NamedTuple):
 
 
 def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
-    """Compute the mean and its interval for the scores of one model. Scores are from 0 to 1."""
+    """Compute the mean and its interval for the scores of one model.
+
+    Scores outside 0 to 1, such as rewards, have no limits.
+    """
     values = np.asarray(scores, np.float64)
-    if np.ptp(values) == 0:
-        return _constant_interval(values, 0.0)
-    if _is_right_or_wrong(values):
+    if _is_right_or_wrong(values) and np.ptp(values):
         return share_interval(int(values.sum()), len(values))
-    return _bootstrap_interval(values, 0.0, resamples)
+    is_limited = values.min() >= 0 and values.max() <= 1
+    limits = (0.0, 1.0) if is_limited else (-math.inf, math.inf)
+    return _interval(values, limits, resamples)
 
 
 def paired_intervals(
@@ -112,14 +115,10 @@ def paired_intervals(
     lost = differing - won
     chance = mcnemar_chance(won, lost) if _is_right_or_wrong(pairs) else None
 
-    # If all differences are equal, all resamples are equal too, so a bootstrap gives no interval.
-    # The sample shows only that other differences are rare.
-    if np.ptp(differences) == 0:
-        difference = _constant_interval(differences, -1.0)
-    elif chance is not None:
+    if chance is not None and np.ptp(differences):
         difference = paired_share_interval(won, lost, len(pairs))
     else:
-        difference = _bootstrap_interval(differences, -1.0, resamples)
+        difference = _interval(differences, (-1.0, 1.0), resamples)
     return PairedIntervals(difference, differing, chance, len(pairs))
 
 
@@ -127,17 +126,18 @@ def _is_right_or_wrong(values: np.ndarray) -> bool:
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
-def _constant_interval(values: np.ndarray, lowest: float) -> Interval:
-    """Compute the mean and its interval for values that are all equal.
-
-    Args:
-        lowest: the minimum possible value. The maximum is 1.
-    """
+def _interval(values: np.ndarray, limits: tuple[float, float], resamples: int) -> Interval:
+    """Compute the mean and its interval. `limits` are the minimum and maximum possible values."""
+    lowest, highest = limits
+    if np.ptp(values):
+        return _bootstrap_interval(values, limits, resamples)
+    # If all values are equal, all resamples are equal too, so a bootstrap gives no interval. The
+    # sample shows only that other values are rare. `share` is the lower limit of the true fraction
+    # of rows that have the value of the sample. If the fraction is lower, the probability of a
+    # sample with only this value is below 2.5 %.
     mean = float(values.mean())
-    # `share` is the lower limit of the true fraction of rows that have the value of the sample. If
-    # the fraction is lower, the probability of a sample with only this value is below 2.5 %.
     share = TAIL_PROBABILITY ** (1 / len(values))
-    return Interval(mean, share * mean + (1 - share) * lowest, share * mean + (1 - share))
+    return Interval(mean, share * mean + (1 - share) * lowest, share * mean + (1 - share) * highest)
 
 
 def share_interval(right: int, rows: int) -> Interval:
@@ -208,14 +208,16 @@ def _root(rising: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def _bootstrap_interval(values: np.ndarray, lowest: float, resamples: int) -> Interval:
+def _bootstrap_interval(
+    values: np.ndarray, limits: tuple[float, float], resamples: int
+) -> Interval:
     """Compute the bootstrap interval of a mean with expanded percentiles.
 
     The interval is at least as wide as Student's interval on each side.
 
     Args:
         values: [rows], not all equal.
-        lowest: the minimum possible value. The maximum is 1.
+        limits: minimum and maximum possible values.
     """
     count = len(values)
     # The fixed seed draws the same rows in every call, so the intervals of two models and of their
@@ -233,8 +235,8 @@ def _bootstrap_interval(values: np.ndarray, lowest: float, resamples: int) -> In
     reach = students_t(count) * float(values.std(ddof=1)) / math.sqrt(count)
 
     # Student's interval can exceed the range of the scores, so limit it.
-    students_low = max(mean - reach, lowest)
-    students_high = min(mean + reach, 1.0)
+    students_low = max(mean - reach, limits[0])
+    students_high = min(mean + reach, limits[1])
     return Interval(mean, min(float(low), students_low), max(float(high), students_high))
 
 

@@ -31,7 +31,8 @@ class StepRecord:
     """The record of one optimizer step. Counts are sums over the global batch of all ranks.
 
     Attributes:
-        step: number of optimizer steps so far, including this one. The first step is 1.
+        step: number of optimizer steps so far, including this one. The first step is 1, and 0 is
+            the validation before it.
         epoch: passes over the training rows, such as 1.25.
         loss: mean over the supervised tokens, computed before the update of this step.
         learning_rate: learning rate of this step's update.
@@ -99,6 +100,8 @@ class StepRecord:
 
         An optional value that was not measured is omitted.
         """
+        if not self.step:
+            return {"step": 0, "val_loss": self.val_loss, **self.extra}
         values = {name: value for name, value in vars(self).items() if name != "extra"}
         for name in _OPTIONAL:
             if values[name] is None:
@@ -110,7 +113,8 @@ class StepRecord:
         tagged = {}
         for name, value in self.values().items():
             if value is not None and name != "step":
-                tagged[tracker_tag(name)] = value
+                group = "validation" if name.startswith(VALIDATION) else "train"
+                tagged[f"{group}/{name.removeprefix(VALIDATION)}"] = value
         return tagged
 
     def to_plain(self) -> dict[str, int | float | str | None]:
@@ -123,6 +127,12 @@ class StepRecord:
     def to_json(self) -> str:
         """Return one line of strict JSON without the newline."""
         return json.dumps(self.to_plain(), allow_nan=False)
+
+    @classmethod
+    def before_training(cls, val_loss: float, extra: Mapping[str, float]) -> Self:
+        """Return the record of a validation before the first step. It has no other values."""
+        zeros: dict[str, Any] = dict.fromkeys(_REQUIRED, 0)
+        return cls(**zeros, val_loss=val_loss, extra=extra)
 
     @classmethod
     def from_plain(cls, values: object) -> Self:
@@ -146,12 +156,6 @@ class StepRecord:
     def from_json(cls, line: str | bytes) -> Self:
         """Parse a line that `to_json` returned. Raise ValueError for any other text."""
         return cls.from_plain(parse_json(line))
-
-
-def tracker_tag(name: str) -> str:
-    """Return the name that trackers use for a value of a record, such as `train/loss`."""
-    group = "validation" if name.startswith(VALIDATION) else "train"
-    return f"{group}/{name.removeprefix(VALIDATION)}"
 
 
 _FIELD_NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")

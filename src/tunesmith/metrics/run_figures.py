@@ -96,15 +96,24 @@ class RunFigures:
         return self._by_step("val_reward_accuracy")
 
     @property
-    def last_losses(self) -> list[float]:
-        """The last training losses: a tenth of all steps, but at least MIN_LOSS_STEPS."""
-        losses = finite(self.column("loss"))
-        return losses[-max(MIN_LOSS_STEPS, len(losses) // 10) :]
-
-    @property
     def loss(self) -> float | None:
         """Mean of the last training losses."""
-        return mean(self.last_losses)
+        return mean(_last_tenth(finite(self.column("loss"))))
+
+    def course(self, name: str, digits: int) -> str:
+        """Return the first and the last value of a column, and the mean of its last values.
+
+        The value of one step is noisy, and the mean of all steps does not describe the end of the
+        run.
+        """
+        values = finite(self.column(name))
+        if not values:
+            return "not finite"
+        text = f"{values[0]:.{digits}f} -> {values[-1]:.{digits}f}"
+        last = _last_tenth(values)
+        if len(last) < len(values):
+            text += f" (mean of the last {len(last)}: {fmean(last):.{digits}f})"
+        return text
 
     @cached_property
     def tokens(self) -> float:
@@ -128,18 +137,20 @@ class RunFigures:
         """The first and the last mean reward of the held-out rows with the 95 % interval of the
         last, or of the sampled answers if no rows are held out. "" for other methods.
         """
-        rewards = finite(self.column("reward"))
-        held_out = list(self._by_step("val_reward").values())
-        if not rewards and not held_out:
-            return ""
-        name, values = ("val_reward", held_out) if held_out else ("reward", rewards)
-        text = f"{name} {values[0]:.2f}"
-        if len(values) > 1:
-            text += f" -> {values[-1]:.2f}"
-        low, high = self.last("val_reward_low"), self.last("val_reward_high")
-        if held_out and low is not None and high is not None:
-            text += f" ({low:.2f} to {high:.2f})"
-        return text
+        for name in ("val_reward", "reward"):
+            by_step = self._by_step(name)
+            if not by_step:
+                continue
+            first, *others = by_step.values()
+            text = " -> ".join(f"{value:.2f}" for value in (first, *others[-1:]))
+            # An interval without finite ends is not shown.
+            low, high = (
+                self._by_step(f"{name}_{end}").get(max(by_step)) for end in ("low", "high")
+            )
+            if low is not None:
+                text += f" ({low:.2f} to {high:.2f})"
+            return f"{name} {text}"
+        return ""
 
     def _per_second(self, name: str) -> float | None:
         """Return the sum of a column divided by the sum of step_seconds, without the first step."""
@@ -215,22 +226,20 @@ def named_figures(
         peak = figures.last("mfu_peak_tflops") or 0.0
         rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
     # The loss of a policy gradient does not show how good the answers are.
-    rows |= _reward_rows(figures) if figures.reward_text else _loss_rows(figures, records)
+    rows |= _reward_rows(figures) if figures.reward_text else _loss_rows(figures)
     rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
     return rows
 
 
+def _last_tenth(values: list[float]) -> list[float]:
+    """Return the values of the last tenth of all steps, but of at least MIN_LOSS_STEPS steps."""
+    return values[-max(MIN_LOSS_STEPS, len(values) // 10) :]
+
+
 def _reward_rows(figures: RunFigures) -> dict[str, str]:
-    rows = {}
-    for name in figures.columns:
-        if name == "reward" or name.startswith("reward/"):
-            values = finite(figures.column(name))
-            rows[name] = f"{values[0]:.3f} -> {values[-1]:.3f}"
-            last = values[-max(MIN_LOSS_STEPS, len(values) // 10) :]
-            if len(last) < len(values):
-                rows[name] += f" (mean of the last {len(last)}: {fmean(last):.3f})"
+    names = [name for name in figures.columns if name.partition("/")[0] == "reward"]
     name, _, text = figures.reward_text.partition(" ")
-    return rows | ({name: text} if name != "reward" else {})
+    return {name: text} | {name: figures.course(name, 3) for name in names}
 
 
 def explain_equal_rewards(steps: Sequence[Mapping[str, float | None]]) -> str:
@@ -260,14 +269,8 @@ def explain_equal_rewards(steps: Sequence[Mapping[str, float | None]]) -> str:
     )
 
 
-def _loss_rows(figures: RunFigures, records: Sequence[StepRecord]) -> dict[str, str]:
-    rows = {"loss": f"{records[0].loss:.4f} -> {records[-1].loss:.4f}"}
-    # The loss of one batch is noisy, and the mean of all steps does not describe the end of the
-    # run. Therefore show the mean of the last steps.
-    averaged = len(figures.last_losses)
-    if figures.loss is not None and averaged < len(records):
-        rows["loss"] += f" (mean of the last {averaged}: {figures.loss:.4f})"
-
+def _loss_rows(figures: RunFigures) -> dict[str, str]:
+    rows = {"loss": figures.course("loss", 4)}
     val_losses = list(figures.validations.values())
     if val_losses:
         rows["val_loss"] = f"{val_losses[0]:.4f}"

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TextIO
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
-from tunesmith.metrics.record import StepRecord, cut_back, tracker_tag
+from tunesmith.metrics.record import StepRecord, cut_back
 from tunesmith.run_dir import METRICS
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ class Sink:
             resumed_at: step of the checkpoint that the run resumes from. 0 for a new run.
         """
 
-    def start_values(self, values: Mapping[str, float]) -> None:
-        """Report the values of a validation before the first step."""
-
     def step(self, record: StepRecord) -> None:
-        """Report a completed step. `record.val_loss` is set if a validation followed the step."""
+        """Report a completed step, or the validation before the first step, whose step is 0.
+
+        `record.val_loss` is set if a validation followed the step.
+        """
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         """Report the model's answers to sample prompts."""
@@ -88,6 +88,8 @@ class RecordCallback(Sink):
     has_ended: bool = field(default=False, init=False)
 
     def step(self, record: StepRecord) -> None:
+        if not record.step:
+            return
         try:
             self.function(record)
         except StopIteration:
@@ -111,10 +113,6 @@ class Sinks(Sink):
         """
         for sink in reversed(self.all):
             sink.open(run, resumed_at)
-
-    def start_values(self, values: Mapping[str, float]) -> None:
-        for sink in self.all:
-            sink.start_values(values)
 
     def step(self, record: StepRecord) -> None:
         for sink in self.all:
@@ -153,10 +151,6 @@ class JsonlSink(Sink):
         # A run that starts again at step 0 measures the start values again.
         cut_back(self.path, resumed_at or -1)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
-
-    def start_values(self, values: Mapping[str, float]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps({"step": 0, **values}) + "\n")
 
     def step(self, record: StepRecord) -> None:
         assert self._file is not None
@@ -260,10 +254,6 @@ class TensorBoardSink(Sink):
         self._hook = threading.excepthook
         threading.excepthook = self._hide_tensorboard_traceback
         self._call(self._writer.add_text, "recipe", f"```yaml\n{dump(run)}```", resumed_at)
-
-    def start_values(self, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._call(self._writer.add_scalar, tracker_tag(name), value, 0)
 
     def step(self, record: StepRecord) -> None:
         for name, value in record.tagged().items():

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import TextIO
 
 from rich.console import Console
@@ -109,6 +110,19 @@ class Terminal(Sink):
         self._progress.start()
 
     def step(self, record: StepRecord) -> None:
+        if record.step:
+            self._count_step(record)
+        if f"{VALIDATION}reward" in record.extra:
+            self.text("validation", f"step {record.step}  {_val_reward(record.extra)}")
+        elif record.val_loss is not None:
+            line = f"step {record.step}  val_loss {record.val_loss:.4f}"
+            for name, value in record.extra.items():
+                if name.startswith(VALIDATION) and name.endswith("accuracy"):
+                    line += f"  {name} {value:.1%}"
+            self.text("validation", line)
+
+    def _count_step(self, record: StepRecord) -> None:
+        """Update the progress bar, and show the line of a step if it is due."""
         # Do not average over the first step, because its time includes compilation and warm-up.
         if self._steps == 1:
             self._recent.clear()
@@ -134,17 +148,6 @@ class Terminal(Sink):
 
         if self._every.due(step, self.trained_seconds) or self._steps == 1 or step == self.total:
             self._show_step(record, count, time_left)
-        if f"{VALIDATION}reward" in record.extra:
-            self.text("validation", f"step {step}  {_val_reward(record.extra)}")
-        elif record.val_loss is not None:
-            line = f"step {step}  val_loss {record.val_loss:.4f}"
-            for name, value in record.extra.items():
-                if name.startswith(VALIDATION) and name.endswith("accuracy"):
-                    line += f"  {name} {value:.1%}"
-            self.text("validation", line)
-
-    def start_values(self, values: Mapping[str, float]) -> None:
-        self.text("validation", f"before training  {_val_reward(values)}")
 
     def _show_step(self, record: StepRecord, count: str, time_left: str) -> None:
         rate = f"{record.learning_rate:.1e}".replace("e-0", "e-")
@@ -198,9 +201,10 @@ class Terminal(Sink):
 
 
 def _val_reward(values: Mapping[str, float]) -> str:
-    """Return the mean reward of the held-out rows with its 95 % interval."""
+    """Return the mean reward of the held-out rows with its 95 % interval, if it has one."""
     mean, low, high = (values[f"{VALIDATION}reward{end}"] for end in ("", "_low", "_high"))
-    return f"val_reward {mean:.3f} ({low:.3f} to {high:.3f})"
+    interval = f" ({low:.3f} to {high:.3f})" if isfinite(low) else ""
+    return f"val_reward {mean:.3f}{interval}"
 
 
 def _status(record: StepRecord) -> str:

@@ -8,9 +8,9 @@ the tracker's run, so that a resumed run continues it.
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.dump import flatten, to_mapping
 from tunesmith.config.schema import Run
-from tunesmith.errors import MachineError, RunError, first_line
-from tunesmith.metrics.record import StepRecord, read_records, tracker_tag
+from tunesmith.errors import MachineError, first_line
+from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import SampleAnswer, Sink
-from tunesmith.run_dir import METRICS
 
 PROJECT = "tunesmith"
 
@@ -115,8 +114,7 @@ class TrackerSink(Sink):
 
     Args:
         name: a key of TRACKERS.
-        folder: the run directory. Open this sink before metrics.jsonl is truncated for a resume,
-            because `open` reads the old records.
+        folder: the run directory.
         warn: shows a line to the user.
     """
 
@@ -124,8 +122,6 @@ class TrackerSink(Sink):
     folder: Path
     warn: Callable[[str], None]
     _tracker: Any = field(default=None, init=False)
-    # Step, loss and val_loss of the records that an earlier start has already sent to the tracker.
-    _sent: set[tuple[int, float, float | None]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.name)
@@ -134,12 +130,6 @@ class TrackerSink(Sink):
         tracker = TRACKERS[self.name]
         id_file = self.folder / f"{self.name}-id.txt"
         run_id = id_file.read_text().strip() if resumed_at and id_file.exists() else None
-        # A resumed run repeats the steps after its checkpoint. Read the old records, so that a
-        # record with the same values is not sent twice.
-        with suppress(OSError, RunError):
-            for record in read_records(self.folder / METRICS) if run_id else ():
-                self._sent.add((record.step, record.loss, record.val_loss))
-
         try:
             # Redirect the tracker's output to stderr, because stdout is for the command's results.
             with redirect_stdout(sys.stderr):
@@ -187,19 +177,12 @@ class TrackerSink(Sink):
         return tracker
 
     def step(self, record: StepRecord) -> None:
-        if (record.step, record.loss, record.val_loss) in self._sent:
-            return
-        self._log(record.tagged(), record.step)
-
-    def start_values(self, values: Mapping[str, float]) -> None:
-        self._log({tracker_tag(name): value for name, value in values.items()}, 0)
-
-    def _log(self, values: dict[str, float], at: int) -> None:
-        step: int | None = at
+        values = record.tagged()
+        step: int | None = record.step
         # W&B's step must not decrease, but a resumed run repeats the steps after its checkpoint.
         # Therefore send the step as a metric.
         if self.name == "wandb":
-            values["train/step"] = at
+            values["train/step"] = record.step
             step = None
         self._thread.submit(self._call, lambda tracker: tracker.log(values, step=step))
 

@@ -182,29 +182,25 @@ def rewarded_prompts(run: RunFiles) -> list[ShownPrompt]:
     the worst answer are shown first.
     """
     files = rollout_files(run.folder / ROLLOUTS)
-    by_step: dict[int, list[RewardedGroup]] = {}
-    newest = max(files, default=0)
-    middle = min(files, key=lambda step: abs(2 * step - newest), default=0)
-    for step in sorted({min(files, default=0), middle, newest} & files.keys()):
+    if not files:
+        return []
+    newest = max(files)
+    middle = min(files, key=lambda step: abs(2 * step - newest))
+    prompts = [ShownPrompt("Answers in training", [], "", [], []) for _ in range(REWARDED_PROMPTS)]
+    for step in sorted({min(files), middle, newest}):
+        groups: list[RewardedGroup] = []
         with suppress(ValueError):  # the file is damaged
-            by_step[step] = sorted(read_groups(files[step]), key=lambda group: -group.spread)
-    prompts = []
-    for number in range(REWARDED_PROMPTS):
-        answers: list[ShownAnswer] = []
-        others: list[ShownAnswer] = []
-        for step, groups in by_step.items():
-            for group in groups[number : number + 1]:
-                turns = turns_of(group.prompt)
-                question = turns[-1].text if turns else group.prompt
-                found = []
-                for reward, answer in group.answers:
-                    text = f"{question}\n\n{whole_characters(answer)}"
-                    found.append(ShownAnswer(run.label, step, text, is_final=False, reward=reward))
-                answers += [found[0], *found[1:][-1:]]
-                others += found[1:-1]
-        if answers:
-            prompts.append(ShownPrompt("Answers in training", [], "", answers, others))
-    return prompts
+            groups = sorted(read_groups(files[step]), key=lambda group: -group.spread)
+        for prompt, group in zip(prompts, groups, strict=False):
+            turns = turns_of(group.prompt)
+            question = turns[-1].text if turns else group.prompt
+            found = []
+            for answer in group.answers:
+                text = f"{question}\n\n{whole_characters(answer.text)}"
+                found.append(ShownAnswer(run.label, step, text, False, answer.reward))
+            prompt.answers.extend([found[0], *found[1:][-1:]])
+            prompt.others.extend(found[1:-1])
+    return [prompt for prompt in prompts if prompt.answers]
 
 
 def _commands(run: RunFiles) -> dict[str, str]:

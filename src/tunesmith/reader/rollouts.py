@@ -2,16 +2,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired
+from typing import Annotated, NamedTuple
 
-import numpy as np
 from annotated_types import Len
 from safetensors import SafetensorError
 from safetensors.numpy import load
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from tunesmith.errors import DataError, UsageError, first_line
-from tunesmith.run_dir import ROLLOUTS, form_fault, parse_json, read_bytes, rollout_files
+from tunesmith.run_dir import ROLLOUTS, parse_object, read_bytes, rollout_files
+
+
+class RewardedText(NamedTuple):
+    """A sampled answer with its reward and the score of each scorer."""
+
+    reward: float
+    text: str
+    scores: dict[str, float]
 
 
 class RewardedGroup(NamedTuple):
@@ -19,23 +26,17 @@ class RewardedGroup(NamedTuple):
 
     Attributes:
         row: file and line of the prompt's row.
-        answers: (reward, text) of each answer, the highest reward first.
+        answers: the answers, the highest reward first.
     """
 
     row: str
     prompt: str
-    answers: list[tuple[float, str]]
+    answers: list[RewardedText]
 
     @property
     def spread(self) -> float:
         """Difference between the highest and the lowest reward."""
-        return self.answers[0][0] - self.answers[-1][0]
-
-
-class _ScoredText(NamedTuple):
-    reward: float
-    text: str
-    scores: dict[str, float]  # the score of each scorer
+        return self.answers[0].reward - self.answers[-1].reward
 
 
 class _Texts(TypedDict):
@@ -43,39 +44,20 @@ class _Texts(TypedDict):
 
     prompts: list[Annotated[list[str], Len(2, 2)]]
     answers: list[str]
-    scorers: NotRequired[list[str]]
+    scorers: list[str]
 
 
 def read_groups(path: Path) -> list[RewardedGroup]:
     """Read the groups of a rollout file. Raise ValueError if the file is damaged."""
-    return [
-        RewardedGroup(row, prompt, [(answer.reward, answer.text) for answer in answers])
-        for row, prompt, answers in _read_scored(path)
-    ]
-
-
-def _parse_texts(content: bytes) -> _Texts:
-    texts: Any = parse_json(content)
-    fault = form_fault(texts, _Texts)
-    if fault:
-        raise ValueError(fault)
-    parsed: _Texts = texts
-    return parsed
-
-
-def _read_scored(path: Path) -> list[tuple[str, str, list[_ScoredText]]]:
-    """Return the row, the prompt and the answers of each group, the highest reward first."""
     try:
         tensors = load(read_bytes(path))
-        texts = _parse_texts(tensors["texts"].tobytes())
+        texts = parse_object(tensors["texts"].tobytes(), _Texts)
         rewards = tensors["rewards"].astype(float).ravel().tolist()
-        names = texts.get("scorers", [])
-        scores = np.zeros((len(rewards), 0))
-        if names:
-            scores = tensors["scores"].astype(float).reshape(len(rewards), len(names))
+        names = texts["scorers"]
+        scores = tensors["scores"].astype(float).reshape(len(rewards), len(names)).tolist()
         answers = []
-        for reward, text, values in zip(rewards, texts["answers"], scores.tolist(), strict=True):
-            answers.append(_ScoredText(reward, text, dict(zip(names, values, strict=True))))
+        for reward, text, values in zip(rewards, texts["answers"], scores, strict=True):
+            answers.append(RewardedText(reward, text, dict(zip(names, values, strict=True))))
         size, rest = divmod(len(answers), len(texts["prompts"]))
     except (SafetensorError, OSError, LookupError, ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"the file is damaged: {first_line(error)}") from error
@@ -84,7 +66,7 @@ def _read_scored(path: Path) -> list[tuple[str, str, list[_ScoredText]]]:
     groups = []
     for n, (prompt, row) in enumerate(texts["prompts"]):
         group = answers[n * size : (n + 1) * size]
-        groups.append((row, prompt, sorted(group, key=lambda answer: -answer.reward)))
+        groups.append(RewardedGroup(row, prompt, sorted(group, key=lambda each: -each.reward)))
     return groups
 
 
@@ -105,7 +87,7 @@ def rollout_lines(folder: Path, step: str) -> Iterator[str]:
             fix="use one of these steps, or correct the folder",
         )
     try:
-        groups = _read_scored(files[step])
+        groups = read_groups(files[step])
     except ValueError as error:
         raise DataError(str(error), where=files[step], fix="use another step") from error
     for row, prompt, answers in groups:

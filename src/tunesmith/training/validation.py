@@ -9,7 +9,7 @@ from tunesmith.host.files import write_atomically
 from tunesmith.inference.decoding import Decoding
 from tunesmith.methods.answers import REWARD_ACCURACY
 from tunesmith.metrics.intervals import mean_interval
-from tunesmith.metrics.record import VALIDATION
+from tunesmith.metrics.record import VALIDATION, StepRecord
 from tunesmith.run_dir import BEST, Phase
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.loop_part import LoopPart, LoopShared
@@ -71,7 +71,7 @@ class Validation(LoopPart):
             return
         self._set_best(result)
         rewards = {f"{VALIDATION}{name}": value for name, value in result.metrics.items()}
-        self.sinks.start_values({"val_loss": result.loss, **rewards})
+        self.sinks.step(StepRecord.before_training(result.loss, rewards))
 
     def _set_best(self, result: ValidationResult) -> None:
         """Record that the validation of the current step is the best one so far."""
