@@ -194,6 +194,15 @@ def test_scorers_compare_what_follows_the_thought(name: str) -> None:
     assert example.ids[: example.prompt_length].tolist() == template.prompt(asked)
 
 
+@pytest.mark.skipif(not LLAMA_CPP.is_file(), reason="needs the templates of llama.cpp")
+@pytest.mark.parametrize("system", ["/no_think", "You are kind. /no_think"])
+def test_an_empty_thought_is_written_once_where_only_a_system_message_closes_it(system) -> None:
+    encoder = encoder_of("llama.cpp/HuggingFaceTB-SmolLM3-3B")
+    row = [{"role": "system", "content": system}, user(ASKED), ROWS["empty"]]
+    encoded = encode(encoder, {"messages": row})
+    assert "".join(supervised_texts(encoder.template, encoded)) == f"{TEXT}<|im_end|>"
+
+
 @pytest.mark.nightly
 def test_all_templates_render_thoughts_as_transformers_does() -> None:
     counts: Counter[str] = Counter()

@@ -96,9 +96,10 @@ def _find_answers(
         text, blocks = chat.render_tagged(messages, tools)
     else:
         text = chat.render(messages, tools)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    selected = set(answers).intersection(selected)
     rendering = chat.locate(text, messages, tools, selected)
     _check_complete(chat, rendering, selected)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     tagged = {}
     if chat.tagged:
         tagged = _tagged_answers(chat, rendering, blocks, answers)

@@ -30,7 +30,12 @@ from tunesmith.data.text.sentinels import (
     Sentinels,
     Tools,
 )
-from tunesmith.data.text.thought_style import DEFAULT_STYLE, ThoughtStyle
+from tunesmith.data.text.thought_style import (
+    CLOSED_THOUGHT,
+    DEFAULT_STYLE,
+    EMPTY_THOUGHT,
+    ThoughtStyle,
+)
 from tunesmith.data.text.thoughts import (
     DEFAULT_FORM,
     MessageForm,
@@ -311,6 +316,15 @@ class ChatRenderer:
             else:
                 turn = traits.style.split(message)
             in_form.append(turn)
+        answers = [turn for turn in in_form if turn["role"] == "assistant"]
+        empty = [turn for turn in answers if EMPTY_THOUGHT.match(turn["content"])]
+        last = in_form.index(empty[-1]) if empty else 0
+        # Some system messages make the template close a thought before each answer (SmolLM3).
+        if last and CLOSED_THOUGHT.search(self.render(in_form[:last], generate=True)):
+            for i, turn in enumerate(in_form):
+                if turn in empty:
+                    text = EMPTY_THOUGHT.sub("", turn["content"])
+                    in_form[i] = {**turn, "content": text}
         return in_form
 
     def locate(

@@ -25,6 +25,9 @@ _THOUGHT_BLOCK = re.compile(
     rf"(?:(?P<closing>{_CLOSING_TAG})(?P<rest>.*))?",
     re.DOTALL,
 )
+# A thought without text at the start of an answer, and a closed thought at the end of a prompt.
+CLOSED_THOUGHT = re.compile(rf"(?:{_CLOSING_TAG})\s*\Z")
+EMPTY_THOUGHT = re.compile(rf"\A(?:{_OPENING_TAG})\s*(?:{_CLOSING_TAG})\s*")
 _FIND_CLOSING = re.compile(_CLOSING_TAG)
 _BEGINS_WITH_TAG = re.compile(rf"{_OPENING_TAG}|{_CLOSING_TAG}")
 
