@@ -161,7 +161,7 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(recipe, free, warned):
     found = find_overrun(run, plan, machine)
     assert (found is not None) == warned
     if found:
-        warning = warning_text(run, plan, found)
+        warning = warning_text(plan, found)
         assert warnings_with(warning, "/job", "200.00 GiB")
         assert "fix: set train.optimizer=adamw-8bit" in warning
         assert "docker run --memory=" in warning

@@ -125,7 +125,7 @@ def test_layers_whose_memory_cannot_be_locked_are_staged(name, monkeypatch):
     staged = [host.locked for host in stream.streamed].count(False)
     count, rate = stream.measure_staging()
     plan = SimpleNamespace(memory=None, streamed_layers=LAYERS)
-    text = warning_text(SimpleNamespace(), plan, StagedLayers(count, rate))
+    text = warning_text(plan, StagedLayers(count, rate))
     assert holds(text, f"{staged} of {LAYERS}", "thread")
     assert rate > 0
     assert len(driver.locked) == LAYERS - staged + SLOTS

@@ -4,7 +4,6 @@ The commands `train` and `plan` use this module. `resolve.py` computes the memor
 and the recomputation. `step_time.py` computes the time of a step.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 from rich.filesize import decimal as size_text
@@ -17,9 +16,9 @@ from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
-from tunesmith.planning.run_plan import Machine, RunPlan, ShortSteps
+from tunesmith.planning.run_plan import Machine, RunPlan
 from tunesmith.planning.step_time import Step, StepTime
-from tunesmith.planning.workload import Workload, rank_step
+from tunesmith.planning.workload import Workload
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import Size
 
@@ -136,37 +135,12 @@ class Planner:
         resumed = self.previous_micro_batch is not None
         savings.check_memory_fits(self.run, plan, self.machine, resumed=resumed)
         overrun = savings.find_overrun(self.run, plan, self.machine, resumed=resumed)
-        warnings = (*plan.warnings, overrun, self.find_short_steps(best))
+        warnings = (*plan.warnings, overrun)
         reason = "the first that fits, because the speed is unknown"
         if best.step_seconds:
             reason = "the fastest in the forecast"
         why = {**plan.why, "mesh": f"{reason}, of {len(self.meshes())} possible meshes"}
         return replace(plan, warnings=tuple(filter(None, warnings)), why=why)
-
-    def find_short_steps(self, forecast: Forecast) -> ShortSteps | None:
-        """Return a warning if steps are too short to overlap the gathering of weights with
-        computation.
-
-        Return None if ranks wait less than a twentieth of the time. Also return None if memory
-        limits the micro batch, because larger steps would not help.
-        """
-        run = self.run
-        mesh = forecast.plan.mesh
-        needed = forecast.hides_from
-        share = rank_step(run, self.work.step, mesh).mean
-        if not forecast.step_seconds or share >= needed:
-            return None
-        waiting = forecast.seconds.get("shards", 0.0) / forecast.step_seconds
-        if waiting <= MIN_GAIN_SHARE:
-            return None
-        batch = run.train.global_batch
-        # Round the batch up to a multiple of `unit`, because each data rank gets whole examples or
-        # whole packed rows.
-        unit = mesh.data
-        if batch.unit == "tokens":
-            unit *= run.row_tokens
-        amount = math.ceil(batch.amount * needed / share / unit) * unit
-        return ShortSteps(waiting, share, needed, Size(amount, batch.unit))
 
     def best(self) -> Forecast:
         """Return the forecast of the mesh that `train` uses.

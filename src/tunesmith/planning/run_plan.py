@@ -261,22 +261,6 @@ class Overrun(NamedTuple):
     fix: str
 
 
-class ShortSteps(NamedTuple):
-    """A warning: steps are too short to overlap the gathering of weights with computation.
-
-    Attributes:
-        waiting: fraction of the time in which ranks wait for the weights of other ranks.
-        tokens: mean number of tokens per rank and step.
-        needed: minimum number of tokens per rank and step with which ranks do not wait.
-        global_batch: value of `train.global_batch` with `needed` tokens per rank and step.
-    """
-
-    waiting: float
-    tokens: float
-    needed: int
-    global_batch: Size
-
-
 class StagedLayers(NamedTuple):
     """A warning: the driver does not page-lock all memory of streamed layers, so a thread copies
     the other layers first.
@@ -290,7 +274,7 @@ class StagedLayers(NamedTuple):
     rate: int
 
 
-PlanWarning = DenseExperts | Overrun | ShortSteps | StagedLayers
+PlanWarning = DenseExperts | Overrun | StagedLayers
 
 
 @dataclass(frozen=True)

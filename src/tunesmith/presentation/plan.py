@@ -21,7 +21,6 @@ from tunesmith.planning.run_plan import (
     Overrun,
     PlanWarning,
     RunPlan,
-    ShortSteps,
     StagedLayers,
 )
 from tunesmith.planning.savings import memory_needs
@@ -60,9 +59,6 @@ def plan_lines(
         yield from plan_warnings(planner.run, best.plan)
         for text in long_warmup(planner.run.train, work.steps):
             yield f"warning: {text}"
-        short_steps = planner.find_short_steps(best)
-        if short_steps is not None:
-            yield warning_text(planner.run, best.plan, short_steps)
 
 
 def _sentence(planner: Planner, best: Forecast) -> str:
@@ -149,11 +145,11 @@ def plan_warnings(run: Run, plan: RunPlan) -> Iterator[str]:
         what = f"the base stays in {plan.base}: {plan.why['base']}"
         yield f"warning: {what}; to save memory, set model.quantize=nf4"
     for warning in plan.warnings:
-        yield warning_text(run, plan, warning)
+        yield warning_text(plan, warning)
 
 
-def warning_text(run: Run, plan: RunPlan, warning: PlanWarning) -> str:
-    """Return the text of a warning of the plan of a run, with its fix."""
+def warning_text(plan: RunPlan, warning: PlanWarning) -> str:
+    """Return the text of a warning of a plan, with its fix."""
     memory = plan.memory
     match warning:
         case DenseExperts(share, stored):
@@ -168,16 +164,6 @@ def warning_text(run: Run, plan: RunPlan, warning: PlanWarning) -> str:
                 f"warning: the run may not fit: it needs about {memory.step / GIB:.1f} GiB, on a "
                 f"CPU up to a quarter more, and {memory.free / GIB:.1f} GiB are available{place}; "
                 f"fix: {fix}"
-            )
-        case ShortSteps(waiting, tokens, needed, global_batch):
-            fix = f"set train.global_batch='{global_batch}'"
-            if run.train.micro_batch != "auto":
-                fix += " train.micro_batch=auto"
-            return (
-                f"warning: {waiting:.0%} of the time, ranks wait for the weights of other ranks, "
-                "because a step is too small to hide the communication: it has "
-                f"{tokens:,.0f} tokens per rank in micro batches of {memory.tokens:,}, and "
-                f"{needed:,} are needed; fix: {fix}, for fewer and larger steps"
             )
         case StagedLayers(layers, rate):
             return (

@@ -58,9 +58,7 @@ def show_plan(
 def _report(planner: Planner, best: Forecast, model: PaperModel) -> dict[str, object]:
     """Return the values that --json prints."""
     plan = vars(best.plan) | {
-        "warnings": [
-            warning_text(planner.run, best.plan, warning) for warning in best.plan.warnings
-        ],
+        "warnings": [warning_text(best.plan, warning) for warning in best.plan.warnings],
         "mesh": best.plan.mesh._asdict(),
     }
     size, _ = checkpoint_bytes(planner.run, planner.trained, model.folder)
