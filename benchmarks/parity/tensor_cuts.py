@@ -104,7 +104,7 @@ def build(entry: ModelType, adapter: Adapter | None) -> TrainModel:
                 layer.lora_B, std=0.1
             )  # if lora_B were 0, the gradient of lora_A would be 0
     fuse_modules(twin, project=lora.project)
-    options = {"attention_backend": "products", "recurrent": entry.support.recurrent}
+    options = {"attention_backend": "batched_matmul", "recurrent": entry.support.recurrent}
     return TrainModel(twin, make_method(MethodConfig()), **options).train()
 
 

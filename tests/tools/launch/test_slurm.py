@@ -20,6 +20,7 @@ from recipes import recipe
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import UsageError
+from tunesmith.launch.slurm_job import run_slurm
 from tunesmith.tools.launch import slurm
 from tunesmith.tools.launch.inputs import recipe_inputs
 from tunesmith.tools.launch.slurm import JobRequest
@@ -214,7 +215,7 @@ def test_a_mesh_of_other_ranks_than_the_job_has_is_refused_before_the_queue(
     assert not (tmp_path / "run" / "launch").exists()
 
 
-def run_job(folder: Path, srun: list[str]) -> subprocess.CompletedProcess[str]:
+def run_job(folder: Path, srun: list[str], nodes: str = "1") -> subprocess.CompletedProcess[str]:
     """The script of a job under bash, with a srun of these lines."""
     run = from_mapping(recipe(folder, folder, held=False), where="test", base=folder)
     for name, lines in {"srun": srun, "scontrol": ["echo requeued"]}.items():
@@ -222,7 +223,7 @@ def run_job(folder: Path, srun: list[str]) -> subprocess.CompletedProcess[str]:
         (folder / name).chmod(0o755)
     request = JobRequest(gpus_per_node="0", setup=(f"export PATH={folder}:$PATH",))
     words = ["bash", "--norc", "-c", slurm.render_script(run, request)]
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": nodes, "SLURM_JOB_NODELIST": "node1"}
     env = os.environ | job
     return subprocess.run(words, capture_output=True, text=True, env=env, timeout=60, check=False)
 
@@ -241,6 +242,34 @@ def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
     assert done.returncode == code, done.stderr
     assert ("requeued" in done.stdout) == (saves and not stops), done.stdout
     assert not stop_file.exists()
+
+
+# Lines of srun, the nodes of the job, and its exit code.
+ENDS = {
+    "the final weights of a shorter run before": (["exit 0"], "1", 1),
+    "a node without the folder": (["exit 2"], "2", 2),
+}
+
+
+@pytest.mark.parametrize(("srun", "nodes", "code"), ENDS.values(), ids=ENDS)
+def test_a_job_that_has_not_finished_does_not_end_with_0(tmp_path, srun, nodes, code):
+    (tmp_path / "run/launch").mkdir(parents=True)
+    (tmp_path / "run/final").mkdir()
+    (tmp_path / "run/launch/slurm-7.log").touch()
+    (tmp_path / "run/launch/recipe.yaml").write_text(
+        json.dumps(recipe(tmp_path, tmp_path, held=False))
+    )
+    manifest = {"step": 1, "last_step": 1, "files": {}}
+    (tmp_path / "run/final/manifest.json").write_text(json.dumps(manifest))
+    done = run_job(tmp_path, srun, nodes)
+    assert done.returncode == code, done.stderr
+
+
+def test_the_line_of_sbatch_with_the_wrong_option_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "sbatch: unrecognized option '--foo'\nTry \"sbatch --help\" for more information\n"
+    done = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr("tunesmith.launch.slurm_job.try_on", lambda *_: done)
+    assert "--foo" in run_slurm("sbatch")[2]
 
 
 def test_a_stop_that_came_before_the_start_is_kept(tmp_path: Path) -> None:
