@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
 from tunesmith.checkpoint.start_adapter import adapter_digest
-from tunesmith.config.dump import flatten, leaves
+from tunesmith.config.dump import flatten
 from tunesmith.config.paths import is_place
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import Ranks
@@ -138,16 +138,15 @@ def check_same_inputs(tokens: "TokenFacts", files: "ModelFiles", ranks: Ranks) -
 
 def model_parts(tokens: "TokenFacts", files: "ModelFiles") -> Facts:
     """Return facts about the base model's config, the tokenizer, and the adapter to continue."""
-    parts = {}
-    settings = leaves(files.config.to_dict())
-    for key, value in settings.items():
-        section, _, _ = key.partition(".")
-        if section not in NOT_COMPUTED:
-            parts[f"model.name: {key} of config.json"] = json.dumps(value, default=str)
+    config = files.config.to_dict()
+    computed = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
+    text = json.dumps(computed, sort_keys=True, default=str)
     support = files.support
-    parts["model.name: how its layers train"] = ", ".join([support.state, *support.recurrent])
-    tokenizer_hash = tokens.data.template.tokenizer_hash
-    parts["model.tokenizer"] = f"{len(files.tokenizer):,} tokens, {tokenizer_hash}"
+    parts = {
+        "model.name: config.json": hashlib.sha256(text.encode()).hexdigest(),
+        "model.name: how its layers train": ", ".join([support.state, *support.recurrent]),
+        "model.tokenizer": tokens.data.template.tokenizer_hash,
+    }
     reward_hash = tokens.hashes.get("reward_hash")
     if reward_hash:
         parts["method.reward"] = reward_hash
