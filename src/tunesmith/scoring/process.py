@@ -29,7 +29,6 @@ from tunesmith.scoring.scorers import (
     Scorer,
     find_scorer,
     own_scorer_file,
-    score_answer,
 )
 from tunesmith.scoring.tool_calls import CallReader
 
@@ -122,16 +121,11 @@ def _run_scorer(call_reader: CallReader | None, call: _Call) -> list[AnswerScore
     faulthandler.dump_traceback_later(limit, exit=True, file=printed)
     try:
         scorer = _cached_scorer(call.name, call_reader)
-        if isinstance(scorer, OwnScorer):
-            if not call.answers:
-                return scorer.takes_group
-            return scorer.scores(call.answers, call.state, call.limit)
-        if call.row is not None:
+        if call.row is not None and isinstance(scorer, Scorer):
             scorer.check(call.row)
-        for answer in call.answers:
-            score = score_answer(scorer, answer.text_for(call.name), answer.row)
-            return [{call.name: score}]
-        return False
+        if call.answers:
+            return scorer.scores(call.answers, call.state, call.limit)
+        return scorer.takes_group
     finally:
         # A fork of the scorer must not send a second result.
         if os.getpid() != process:
@@ -159,11 +153,11 @@ class ScorerProcess:
         self,
         names: Sequence[str],
         call_reader: CallReader | None = None,
-        own_seconds: float | None = None,
+        own_seconds: float = OWN_SCORER_SECONDS,
         limit: float = 1,
     ) -> None:
         self.names = names
-        self.own_seconds = OWN_SCORER_SECONDS if own_seconds is None else own_seconds
+        self.own_seconds = own_seconds
         self.limit = limit
         self.group_scorers: list[str] = []
         self._function = partial(_run_scorer, call_reader)
@@ -257,7 +251,7 @@ class ScorerPool(WorkerPool[ScorerProcess]):
         self,
         names: Sequence[str],
         call_reader: CallReader | None = None,
-        own_seconds: float | None = None,
+        own_seconds: float = OWN_SCORER_SECONDS,
         limit: float = 1,
         *,
         count: int = 1,

@@ -131,6 +131,14 @@ class Scorer:
     name: str
     score: Callable[[str, ScoredRow], float]
     check: Callable[[ScoredRow], object] = lambda row: None
+    takes_group = False
+
+    def scores(self, answers: Sequence[RewardedAnswer], *_: object) -> list[AnswerScores]:
+        """Return the score of each answer. Raise RunError if the scorer fails."""
+        return [
+            {self.name: score_answer(self, answer.text_for(self.name), answer.row)}
+            for answer in answers
+        ]
 
 
 def find_scorer(name: str, call_reader: CallReader | None = None) -> Scorer:

@@ -175,15 +175,13 @@ class Evaluation(Tabular):
 
     def warnings(self) -> list[str]:
         """Return warnings about problems of the rows that can make the scores unreliable."""
-        warnings = []
-        if self.seen is not None and self.seen.count:
-            warnings.append(
-                f"warning: the run was trained on {self.seen.count} of "
-                f"{count_of(self.rows, 'row')}, so the "
-                "scores do not show how good the model is on new rows; "
-                f"the first such row is {self.seen.where} (in training: {self.seen.earlier})"
-            )
-        return warnings
+        if self.seen is None or not self.seen.count:
+            return []
+        return [
+            f"warning: the run was trained on {self.seen.count} of {count_of(self.rows, 'row')}, "
+            "so the scores do not show how good the model is on new rows; "
+            f"the first such row is {self.seen.where} (in training: {self.seen.earlier})"
+        ]
 
     def notes(self) -> Iterator[str]:
         """Yield further notes about the rows, one line each."""
@@ -580,13 +578,13 @@ def _rows_of(
         source = Source(source=os.fspath(data), split=split, max_examples=max_examples)
         rows = read_rows(source)
     else:
-        where = "evaluate(data=...)"
-        listed = [dict(row) for row in mappings(data, where)][:max_examples]
+        listed = [dict(row) for row in mappings(data, "evaluate(data=...)")][:max_examples]
         if not listed or split is not None:
-            what = "data has no rows"
-            if split is not None:
-                what = "split cannot be used with rows from Python"
-            raise DataError(what, where=where, fix="pass at least one row, and do not pass split")
+            raise DataError(
+                "data has no rows" if split is None else "rows from Python have no splits",
+                where="evaluate(data=...)",
+                fix="pass at least one row, and do not pass split",
+            )
         rows = from_list(listed)
         source = Source(source=rows.name)
     if ranks.is_main_process:

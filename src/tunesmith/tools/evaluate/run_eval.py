@@ -136,10 +136,8 @@ def scores_as_json(scores: RowScores) -> dict[str, object]:
     """Return the results of one scorer for JSON, without the scores of single rows."""
     means = {name: interval._asdict() for name, interval in scores.models.items()}
     values: dict[str, object] = {"rows": scores.rows, **means}
-    if scores.paired is not None:
-        values |= {
-            "difference": scores.paired.difference._asdict(),
-            "differing": scores.paired.differing,
-            "verdict": scores.verdict,
-        }
+    paired = scores.paired
+    if paired is not None:
+        values["difference"] = paired.difference._asdict()
+        values |= {"differing": paired.differing, "verdict": scores.verdict}
     return values
