@@ -168,7 +168,8 @@ FILES = {
 def test_a_file_that_cannot_be_loaded_is_refused(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "LOAD_SECONDS", 3)
-    Path("mine.py").write_text(content, "latin-1")
+    # A file without the name is refused without being executed.
+    Path("mine.py").write_text(content and f"{content}\ndo = 3", "latin-1")
     with time_limit(60), refuses(UsageError, where="--score mine.py:do") as refused:
         ScorerProcess(["mine.py:do"]).__enter__()
     assert FILES[content] in f"{refused.value.what}\n{refused.value.why}"
