@@ -23,12 +23,6 @@ from tunesmith.units import Share, count_of
 # schedule, which have smaller numbers.
 _PURPOSE = 1 << 20
 
-# Limits for the size of the smallest group, if all groups have more rows than should be held out: a
-# multiple of the wanted number, and a fraction of all rows. The group is held out unless it has
-# more rows than both limits.
-MAX_OVERSHOOT = 2
-MAX_OVERSHOOT_FRACTION = 0.1
-
 SourceRows = list[tuple[Source, Rows]]
 
 
@@ -222,9 +216,7 @@ def draw_held_out(
     that a group and a single row have the same probability. A group is skipped if it has more rows
     than are still needed, so the result can have fewer than `count` rows.
 
-    If no row can be drawn because all groups are too large, the smallest group is drawn. If this
-    group exceeds both limits (MAX_OVERSHOOT and MAX_OVERSHOOT_FRACTION), `count` single rows are
-    drawn, and groups are ignored.
+    If no row can be drawn because all groups are too large, `count` single rows are drawn.
 
     Args:
         is_readable: whether a row can be held out. None if all rows can.
@@ -244,12 +236,8 @@ def draw_held_out(
             held_out += group
     if held_out or not groups:
         return np.array(held_out, np.int64)
-    # No row was drawn, because each row is in a group with more than `count` rows.
-    smallest = min(groups, key=len)
-    max_rows = max(MAX_OVERSHOOT * count, MAX_OVERSHOOT_FRACTION * total)
-    if len(smallest) > max_rows:
-        return order[:count]
-    return np.array(smallest, np.int64)
+    # Each row is in a group with more than `count` rows.
+    return order[:count]
 
 
 def _take(sources: SourceRows, indices: np.ndarray) -> SourceRows:

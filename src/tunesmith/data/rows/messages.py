@@ -30,7 +30,6 @@ from tunesmith.data.rows.samples import (
 )
 from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type
-from tunesmith.errors import DataError
 
 # Keys that contain the reasoning of an answer. Inference servers, gpt-oss, Ollama and data sets use
 # different names.
@@ -46,18 +45,13 @@ _HARMLESS_KEYS = frozenset(
     channel recipient content_type train_detail training_detail
     """.split()
 )
-# Channels of OpenAI's Harmony format (gpt-oss) whose text is the reasoning before the next answer.
-_THOUGHT_CHANNELS = frozenset(("analysis", *THOUGHTS))
-# Recipients of messages that are not calls. Any other recipient, such as functions.get_weather, is
-# the called tool.
-_RECIPIENTS = frozenset(("", "all", "user", "assistant"))
-_CALL_ROLES = frozenset(("call", "recipient"))
-_ANSWER_ROLES = _CALL_ROLES | {"thought"}
 # A thought without text, as tools write it for models that always think.
 _THOUGHT_WITHOUT_TEXT = re.compile(r"<(think|thinking|thought|reasoning)>\s*</\1>")
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
+# Channels of OpenAI's Harmony whose messages are not an answer.
+_THOUGHT_CHANNELS = ("analysis", "commentary", *THOUGHTS)
 # Key that only the turns or content parts of another API have -> name of the API.
 _OTHER_APIS = {
     "parts": "Gemini",
@@ -113,8 +107,6 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
         at = f"{form.noun} {n}"
         turn = _as_turn(row, value_of_turn, form, at)
         role = CHAT_ROLES.get(str(turn[form.role]).strip().lower(), "")
-        if role == "assistant":
-            role = _role_by_channel(row, turn, form, at)
         if not role:
             raise row.error(
                 f"unknown role {turn[form.role]!r}",
@@ -123,70 +115,26 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
                 at=at,
             )
         turn_messages = _read_turn(row, role, turn, form, at)
-        # Several turns can be one answer: its reasoning, and its calls one by one.
-        if previous_role == "thought" or {role, previous_role} <= _CALL_ROLES:
-            _extend_answer(row, messages[-1], turn_messages[0], at, previous_role)
+        # Consecutive turns with the role `function_call` are several calls of one answer.
+        if role == previous_role == "call":
+            answer = messages[-1]
+            [call] = turn_messages
+            has_other_mask = answer.get("train", True) != call.get("train", True)
+            if has_other_mask or "reasoning_content" in call:
+                raise row.error(
+                    "a tool call has reasoning, or another loss mask than the previous call",
+                    why="consecutive calls are one answer, with one loss mask and with reasoning"
+                    " only before the first call",
+                    fix="write the calls into one turn",
+                    at=at,
+                )
+            answer["tool_calls"] += call["tool_calls"]
         else:
             messages += turn_messages
         previous_role = role
     if not messages:
         raise row.error(f"the column {column} is empty", fix="delete the row")
-    if previous_role == "thought":
-        raise _unanswered_thought(row, at)
     return _sort_results(messages)
-
-
-def _role_by_channel(row: RowReader, turn: Mapping[str, object], form: Form, at: str) -> str:
-    """Return the role of an answer by its keys `channel` and `recipient`, as in OpenAI's Harmony.
-
-    The role is `thought` if the content is reasoning, and `recipient` if it is the arguments of a
-    call of this tool.
-    """
-    channel = str(turn.get("channel") or "").strip().lower()
-    if str(turn.get("recipient") or "").strip().lower() not in _RECIPIENTS:
-        return "recipient"
-    if channel == "commentary":
-        raise row.error(
-            f"a {form.noun} of the channel commentary has no recipient",
-            why="it is neither a tool call nor the answer, and templates have no place for it",
-            fix='name the tool ("recipient": "functions.NAME"), write the text into the answer'
-            f" that follows, or delete the {form.noun}",
-            at=at,
-        )
-    return "thought" if channel in _THOUGHT_CHANNELS else "assistant"
-
-
-def _extend_answer(
-    row: RowReader, answer: Message, added: Message, at: str, previous_role: str
-) -> None:
-    """Add a message to the answer that it continues, after its reasoning or after a call."""
-    if added["role"] != "assistant":
-        raise _unanswered_thought(row, at)
-    is_call = previous_role != "thought"
-    has_other_mask = answer.get("train", True) != added.get("train", True)
-    if has_other_mask or ("reasoning_content" in added and is_call):
-        raise row.error(
-            f"a turn has {'reasoning, or ' * is_call}another loss mask than the previous turn",
-            why="reasoning, consecutive calls and the text are one answer, with one loss mask and"
-            " with reasoning only at its start",
-            fix="write them into one turn",
-            at=at,
-        )
-    thoughts = [turn.get("reasoning_content") for turn in (answer, added)]
-    if any(thoughts):
-        answer["reasoning_content"] = "\n".join(filter(None, thoughts))
-    if "tool_calls" in added:
-        answer["tool_calls"] = [*answer.get("tool_calls", ()), *added["tool_calls"]]
-    answer["content"] += added["content"]
-
-
-def _unanswered_thought(row: RowReader, at: str) -> DataError:
-    return row.error(
-        "reasoning of the channel analysis is not followed by its answer or call",
-        why="the model would learn the reasoning as the answer",
-        fix="delete this reasoning, or add its answer",
-        at=at,
-    )
 
 
 def _sort_results(messages: list[Message]) -> list[Message]:
@@ -220,7 +168,7 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
 
     Raise DataError if it has no role, or if it is a ShareGPT turn without content.
     """
-    if isinstance(turn, Mapping) and form.content not in turn:
+    if isinstance(turn, Mapping):
         _check_api(row, turn, at)
     is_turn = isinstance(turn, Mapping) and form.role in turn
     if not is_turn or (form is TURN and _TURN_CONTENT.isdisjoint(turn)):
@@ -234,12 +182,19 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
 
 def _check_api(row: RowReader, value: Mapping[str, object], at: str) -> None:
     """Raise DataError if a turn or a content part has the form of an API that is not read."""
-    api = next((name for key, name in _OTHER_APIS.items() if not is_absent(value.get(key))), "")
-    if api:
+    apis = [api for key, api in _OTHER_APIS.items() if not is_absent(value.get(key))]
+    # In OpenAI's Harmony, the reasoning and the calls of an answer are separate messages. The
+    # results of calls are messages, too, and have the recipient `assistant`.
+    recipient = str(value.get("recipient") or "")
+    is_thought = str(value.get("channel")).strip().lower() in _THOUGHT_CHANNELS
+    if (is_thought and recipient != "assistant") or recipient.startswith("functions."):
+        apis.append("OpenAI's Harmony")
+    if apis:
         raise row.error(
-            f"the turn has the form of {api}",
+            f"the turn has the form of {apis[0]}",
             why="the forms of OpenAI's chat API, Anthropic's API and ShareGPT are supported",
-            fix=MESSAGE.example,
+            fix='write {"role": "assistant", "content": "...", "reasoning_content": "...",'
+            ' "tool_calls": [...]}, or delete the row',
             at=at,
         )
 
@@ -268,9 +223,12 @@ def _read_turn(
     The result is one message, or several if the content has tool results, as in Anthropic's API.
     """
     content = turn.get(form.content)
-    parts = _parts_of_turn(row, role, turn, form, at)
-    if role in _ANSWER_ROLES:
+    if role == "call":
+        # `call` is our name for the role `function_call`. The entire content is the call.
         role = "assistant"
+        parts = _ContentParts(calls=_calls(row, content, at))
+    else:
+        parts = _content(row, content, form, at, role)
     # Keys other than role and content. Most turns have no such keys.
     others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
     _read_others(row, others, form, parts, at)
@@ -306,26 +264,6 @@ def _read_turn(
         if turn.get(name):
             message[name] = row.text(turn[name], f"{at} {name}")
     return [message]
-
-
-def _parts_of_turn(
-    row: RowReader, role: str, turn: Mapping[str, object], form: Form, at: str
-) -> _ContentParts:
-    """Split the content of a turn. Its role says whether it is text, reasoning or a call."""
-    content = turn.get(form.content)
-    if role == "call":
-        # `call` is our name for the role `function_call`. The entire content is the call.
-        return _ContentParts(calls=_calls(row, content, at))
-    parts = _content(row, content, form, at, "assistant" if role in _ANSWER_ROLES else role)
-    text = parts.text
-    if role in _ANSWER_ROLES:
-        parts.text = ""
-    if role == "thought":
-        parts.thought += text
-    elif role == "recipient":
-        name = str(turn["recipient"]).strip().removeprefix("functions.")
-        parts.calls += _calls(row, {"name": name, "arguments": text}, at)
-    return parts
 
 
 def _with_results(row: RowReader, role: str, parts: _ContentParts, at: str) -> list[Message]:
@@ -403,10 +341,8 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
         # Amazon Bedrock writes a text without a type.
         kind = part.get("type", "text" if "text" in part else None)
         is_text = kind in ("text", "input_text", "output_text")
-        if is_text and (part.get("thought") is True or part.get("channel") in _THOUGHT_CHANNELS):
-            is_text = False
-            kind = "thinking"
-        is_thought = kind in ("reasoning", "thinking")
+        is_thought = kind in ("reasoning", "thinking") or part.get("thought") is True
+        is_text = is_text and not is_thought
         goes_first = is_thought or kind == "tool_result"
         if (is_text and parts.calls) or (goes_first and parts.text):
             raise row.error(

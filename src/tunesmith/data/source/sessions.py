@@ -54,7 +54,6 @@ _COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 _BRANCHES = "lines of other branches, left out"
 # Maximum number of times that the compactions of a session repeat its lines, on average.
 MAX_REPEATS = 50
-_TOO_MANY_REPEATS = f"the compactions repeat the lines more than {MAX_REPEATS} times"
 # Exceptions for values that have another type or form than the agents write.
 _ODD_VALUES = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
@@ -143,7 +142,7 @@ def read_sessions(lines: Table, form: str) -> Table:
         for start, numbers in _CONVERSATIONS[form](read_lines(), notes):
             read += len(numbers)
             if read > MAX_REPEATS * len(lines):
-                raise ValueError(_TOO_MANY_REPEATS)
+                raise ValueError(f"the compactions repeat the lines over {MAX_REPEATS} times")
             found: list[str] = []
             values: Any = _read_row(lines, read_line, start, numbers, notes, found)
             messages = values["messages"]
@@ -281,14 +280,14 @@ def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conve
             transcript.turns[agent].append(i)
             transcript.note_answer(i, message, is_answer=kind == "assistant")
     for agent, turns in transcript.turns.items():
-        conversations = transcript.paths(turns[-1])
         others = set(turns)
-        for _, numbers in conversations:
-            others.difference_update(numbers)
         notes["subagents"] += bool(agent)
-        notes["compactions"] += len(conversations) - 1
+        notes["compactions"] -= 1
+        for conversation in transcript.paths(turns[-1]):
+            notes["compactions"] += 1
+            others.difference_update(conversation[1])
+            yield conversation
         notes[_BRANCHES] += len(others)
-        yield from conversations
 
 
 class _Transcript:
@@ -312,9 +311,8 @@ class _Transcript:
         self._parents: dict[int, int | None] = {}
         # First line after a compaction -> last line before the compaction.
         self._compactions: dict[int, int | None] = {}
-        # First line that a compaction keeps -> line of the compaction, and uuid of the new parent
-        # of the kept line.
-        self._kept: dict[int, tuple[int, str]] = {}
+        # Number of a line -> first line of its tree.
+        self._roots: dict[int, int] = {}
         # A line -> the name of its subagent.
         self._agents: dict[int | None, str] = {}
         # The name of a subagent -> its latest line.
@@ -357,15 +355,10 @@ class _Transcript:
         if line.get("subtype") == "compact_boundary":
             self._compactions[i] = self.numbers.get(str(line.get("logicalParentUuid")), before)
             parent = None
-            about = line.get("compactMetadata") or {}
-            kept = about.get("preservedMessages") or about.get("preservedSegment") or {}
-            [first_uuid, *_] = kept.get("uuids") or [""]
-            first = self.numbers.get(str(kept.get("headUuid", first_uuid)))
-            if first is not None:
-                self._kept[first] = (i, str(kept.get("anchorUuid")))
         self.numbers[uuid] = i
         self._latest[agent] = i
         self._parents[i] = parent
+        self._roots[i] = i if parent is None else self._roots[parent]
         self._agents[i] = agent
         return agent
 
@@ -390,22 +383,21 @@ class _Transcript:
         answer_lines, result_lines = self._members.setdefault(first, ([], []))
         (answer_lines if is_answer else result_lines).append(i)
 
-    def paths(self, last: int) -> list[_Conversation]:
-        """Return the conversation that ends at line `last`.
+    def paths(self, last: int) -> Iterator[_Conversation]:
+        """Yield the conversation that ends at line `last`.
 
-        If the history was compacted, also return the conversations that ended at each compaction,
+        If the history was compacted, first yield the conversations that ended at each compaction,
         in order.
         """
-        conversations: list[_Conversation] = []
-        end: int | None = last
-        read = 0
-        while end is not None:
-            path = self._path(end)
-            # Each compaction can repeat the conversation, and damaged ids can form a circle.
-            read += len(path)
-            if read > MAX_REPEATS * len(self._parents):
-                raise ValueError(_TOO_MANY_REPEATS)
-            start = path[-1]
+        ends = [last]
+        while (end := self._compactions.get(self._roots[ends[-1]])) is not None:
+            ends.append(end)
+        for end in reversed(ends):
+            path = []
+            at: int | None = end
+            while at is not None:
+                path.append(at)
+                at = self._parents[at]
             answers = dict.fromkeys(self._answers.get(i, i) for i in reversed(path))
             numbers = []
             for first in answers:
@@ -413,22 +405,7 @@ class _Transcript:
                 # between these lines.
                 answer_lines, result_lines = self._members.get(first, ([first], []))
                 numbers += answer_lines + result_lines
-            conversations.insert(0, (start, numbers))
-            end = self._compactions.get(start)
-        return conversations
-
-    def _path(self, end: int) -> list[int]:
-        """Return the lines on the path from `end` back to the root of its tree, in this order.
-
-        Lines that a compaction kept are placed after the compaction.
-        """
-        path: dict[int, None] = {}
-        at: int | None = end
-        while at is not None and at not in path:
-            path[at] = None
-            boundary, anchor = self._kept.get(at, (end, ""))
-            at = max(boundary, self.numbers.get(anchor, 0)) if boundary < end else self._parents[at]
-        return list(path)
+            yield path[-1], numbers
 
 
 def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
