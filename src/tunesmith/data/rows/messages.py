@@ -182,7 +182,9 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
 
 def _check_api(row: RowReader, value: Mapping[str, object], at: str) -> None:
     """Raise DataError if a turn or a content part has the form of an API that is not read."""
-    apis = [api for key, api in _OTHER_APIS.items() if not is_absent(value.get(key))]
+    apis = []
+    if value.keys().isdisjoint(("content", "value", "text")):
+        apis = [api for key, api in _OTHER_APIS.items() if not is_absent(value.get(key))]
     # In OpenAI's Harmony, the reasoning and the calls of an answer are separate messages. The
     # results of calls are messages, too, and have the recipient `assistant`.
     recipient = str(value.get("recipient") or "")
