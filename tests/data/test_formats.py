@@ -356,7 +356,7 @@ def test_what_is_not_read_of_other_interfaces_is_named() -> None:
         ([U, {"type": "function_call", "name": "f", "arguments": "{}"}, A], "function_call"),
         ([{"role": "user", "content": [{"text": "A?", "image": {"url": "a.png"}}]}, A], "image"),
         ([U, {**A, "content": [{"type": "refusal", "refusal": "No."}]}], "refusal"),
-        ([{"role": "user", "parts": [{"text": "x"}]}, A], "content"),
+        ([{"role": "user", "parts": [{"text": "x"}]}, A], "parts"),
         ([U, {**A, "content": [{"toolUse": {"name": "f"}}]}], "toolUse"),
     ):
         with refuses(DataError, names=[name]):

@@ -182,18 +182,19 @@ def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, obj
 
 def _check_api(row: RowReader, value: Mapping[str, object], at: str) -> None:
     """Raise DataError if a turn or a content part has the form of an API that is not read."""
-    apis = []
+    keys = []
     if value.keys().isdisjoint(("content", "value", "text")):
-        apis = [api for key, api in _OTHER_APIS.items() if not is_absent(value.get(key))]
+        keys = [key for key in _OTHER_APIS if not is_absent(value.get(key))]
     # In OpenAI's Harmony, the reasoning and the calls of an answer are separate messages. The
     # results of calls are messages, too, and have the recipient `assistant`.
     recipient = str(value.get("recipient") or "")
     is_thought = str(value.get("channel")).strip().lower() in _THOUGHT_CHANNELS
     if (is_thought and recipient != "assistant") or recipient.startswith("functions."):
-        apis.append("OpenAI's Harmony")
-    if apis:
+        keys.append("channel")
+    if keys:
+        api = _OTHER_APIS.get(keys[0], "OpenAI's Harmony")
         raise row.error(
-            f"the turn has the form of {apis[0]}",
+            f"the turn has the form of {api}: it has the key {keys[0]}",
             why="the forms of OpenAI's chat API, Anthropic's API and ShareGPT are supported",
             fix='write {"role": "assistant", "content": "...", "reasoning_content": "...",'
             ' "tool_calls": [...]}, or delete the row',
@@ -341,7 +342,7 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
         parts.given.append(part)
         _check_api(row, part, at)
         # Amazon Bedrock writes a text without a type.
-        kind = part.get("type", "text" if "text" in part else None)
+        kind = "text" if part.keys() == {"text"} else part.get("type")
         is_text = kind in ("text", "input_text", "output_text")
         is_thought = kind in ("reasoning", "thinking") or part.get("thought") is True
         is_text = is_text and not is_thought
