@@ -117,6 +117,12 @@ def check_media(row: RowReader) -> None:
                 why="only texts and pictures can be trained on",
                 fix=f"delete the column {column}, or delete these rows",
             )
+        if isinstance(value, Mapping) and {"ref", "bbox"} & value.keys():
+            raise row.error(
+                f"the row has boxes of a picture in the column {column}",
+                why="the model would learn <bbox> and <ref-object> as words",
+                fix="write the names and the coordinates into the texts, in the form of the model",
+            )
         is_picture = plain(column) in PICTURE_NAMES and not isinstance(value, _NUMBER)
         if is_picture and not takes_pictures:
             raise _no_place(row, f"the row has {column}: {json_type(value)}")
