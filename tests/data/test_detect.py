@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -368,6 +370,17 @@ def test_json_text_of_json_text_of_a_chat_is_read() -> None:
 
 
 # --- files with columns of other tools
+
+
+def test_jq_is_proposed_for_json_only(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"question": "JSON of bread", "answer": {"a": 1}}]), path)
+    columns = {"prompt": "question", "completion": "answer"}
+    source = Source(source=str(path), format="prompt-completion", columns=columns)
+    rows = read_rows(source)
+    with refuses(DataError, fix=["frame.to_json", "rows.jsonl", "new-rows.jsonl"]):
+        convert_row(rows[0], source, where=rows.where(0))
+
 
 CASES = yaml.safe_load(Path(__file__).with_name("column_cases.yaml").read_text(encoding="utf-8"))
 

@@ -110,8 +110,13 @@ def test_what_was_measured_is_measured_again_where_its_file_is_bad(tmp_path, mon
     assert len(measured) == 1
     [file] = (tmp_path / "specs").iterdir()
     whole = file.read_bytes()
-    for content in (b"", whole[:-1], b"\xff", b"[]", whole.replace(b"count", b"amount")):
-        file.write_bytes(content)
+    changed = [whole.replace(b"count", b"amount"), whole.replace(b"3,", b"4,")]
+    for content in (b"", whole[:-1], b"\xff", b"[]", *changed, "a pipe"):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            file.unlink()
+            os.mkfifo(file)
         measured.clear()
         assert figures(1, {"a": Path("x")}) == Figures(3, ("a", "b"))
         assert len(measured) == 1, content[:40]

@@ -111,17 +111,23 @@ def measure_once(
 
     text = json.dumps(key, sort_keys=True, default=str)
     file = cache_folder(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-    # Measure again if the file does not exist, or if its content is not a valid `form`. Also
+    # Measure again if the file does not exist or is not a regular file, or if its content is not a
+    # valid `form`. The first line is a checksum, because a changed number is valid, too. Also
     # compare the names of the fields: if an earlier version stored a field under another name,
     # pydantic would silently use the field's default.
     with suppress(OSError, ValueError):
-        stored = TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
-        if stored.keys() == {field.name for field in fields(form)}:
+        written = file.read_text("utf-8") if file.is_file() else ""
+        checksum, _, content = written.partition("\n")
+        stored = TypeAdapter(dict[str, Any]).validate_json(content)
+        is_form = stored.keys() == {field.name for field in fields(form)}
+        if is_form and checksum == hashlib.sha256(content.encode()).hexdigest():
             return TypeAdapter(form).validate_python(stored)
     measured = measure()
     with suppress(OSError):  # if the cache is not writable, the next call measures again
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(asdict(measured)))
+        content = json.dumps(asdict(measured))
+        checksum = hashlib.sha256(content.encode()).hexdigest()
+        write_atomically(file, f"{checksum}\n{content}")
     return measured
 
 

@@ -585,7 +585,7 @@ def _use_answer(row: RowReader) -> str:
     """Return the fix for messages without an answer: the column that has the answer."""
     key = ROW_FORMATS[row.source.format].key
     prompt = row.source.columns.get(key, key)
-    if "choices" in row.row:
+    if isinstance(row.row.get("choices"), list):
         return row.change_by_jq(f".[{json.dumps(prompt)}] += [.choices[0].message]")
     answer = next(filter(is_answer_name, row.row), "")
     setting = row.setting(

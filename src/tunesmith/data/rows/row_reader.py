@@ -168,9 +168,15 @@ class RowReader:
         }
 
     def change_by_jq(self, change: str) -> str:
-        """Return the command that changes all rows of the source's JSON file."""
+        """Return the command that changes all rows of the source, which must be JSON for `jq`."""
         rows = f'if type == "array" then .[] else . end | {change}'
-        return f"jq -c {shell_word(rows)} {shell_path(self.source.source)} > new-rows.jsonl"
+        file = self.source.source
+        first = ""
+        if not file.endswith((".json", ".jsonl", ".ndjson")):
+            file = "rows.jsonl"
+            first = "write the rows as JSON (`frame.to_json('rows.jsonl', orient='records',"
+            first += " lines=True)` in pandas), then run "
+        return f"{first}jq -c {shell_word(rows)} {shell_path(file)} > new-rows.jsonl"
 
     def propose_columns(self, otherwise: str) -> str:
         """Return a fix that names the row's columns, see `propose_fix`."""

@@ -231,9 +231,12 @@ def _map_arrays(folder: Path) -> TokenArrays:
     return TokenArrays(*arrays)
 
 
-def _crc32(folder: Path) -> int:
-    """Compute a checksum of an entry's files. The files are not memory-mapped, to save memory."""
-    value = 0
+def _crc32(folder: Path, about: dict[str, Any]) -> int:
+    """Compute a checksum of an entry's arrays and of its other values.
+
+    The files are not memory-mapped, to save memory.
+    """
+    value = zlib.crc32(json.dumps(about).encode())
     for name in _ENTRY_FILES:
         with open_uncached(folder / name) as file:
             while block := file.read(READ_BYTES):
@@ -282,7 +285,7 @@ def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
             folder.mkdir()
             with closing(TokenWriter(folder)) as writer:
                 _, about = make(writer)
-            meta = {"key": path.name, "crc32": _crc32(folder), "about": about}
+            meta = {"key": path.name, "crc32": _crc32(folder, about), "about": about}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             # Remove an existing entry: it is damaged, or another process has created the same entry
             # in the meantime.
@@ -304,7 +307,7 @@ def _read_entry(path: Path) -> TokenEntry | None:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         arrays = _map_arrays(path)
-        if meta["key"] == path.name and meta["crc32"] == _crc32(path):
+        if meta["key"] == path.name and meta["crc32"] == _crc32(path, meta["about"]):
             return arrays, meta["about"]
         why = "its checksum differs"
     except (OSError, ValueError, KeyError, TypeError) as error:
