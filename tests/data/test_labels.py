@@ -62,15 +62,9 @@ def test_a_value_that_calls_no_answer_bad() -> None:
         assert convert({**PAIR, **harmless})
 
 
-def test_a_bad_label_in_an_object_or_a_turn() -> None:
-    label = {"metadata": {"id": 7, "is_correct": False}}
-    fix = ["copy metadata.is_correct into a separate column", "rename metadata.is_correct"]
-    with refuses(DataError, where="rows.jsonl:1", names=["metadata.is_correct"], fix=fix):
-        convert({**PAIR, **label})
-    with refuses(DataError, fix=["label: metadata.is_correct"]):
-        convert({**PAIR, "metadata.is_correct": "false"})
+def test_a_bad_label_in_a_turn() -> None:
     question = {"role": "user", "content": "2 + 2?", "feedback": "bad"}
-    for bad in (label, {"feedback": "thumbs_down"}):
+    for bad in ({"is_correct": False}, {"feedback": "thumbs_down"}):
         with refuses(DataError, where="rows.jsonl:1, message 2", fix=['"train": false']):
             convert({"messages": [question, answer("5", **bad)]}, "messages")
     rows = [answer("5", feedback="bad", train=False), question, answer("4", feedback="good")]

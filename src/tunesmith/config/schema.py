@@ -215,8 +215,8 @@ class Model:
     trust_remote_code: bool = key(
         False,
         "run Python code from the model's repository; accepted in your own recipe and on the"
-        " command line; refused in the config.yaml of another person's run and in an extended"
-        " recipe of a subfolder",
+        " command line; in the config.yaml of another person's run and in an extended recipe of a"
+        " subfolder only with --trust-remote-code",
     )
     added_tokens: tuple[Text, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"

@@ -59,23 +59,14 @@ def bad_labels(fields: Mapping[str, object]) -> list[tuple[str, object]]:
     """Return the fields, as (name, value), that label an answer as bad.
 
     Args:
-        fields: the columns of a row, or the keys of a turn, with their values. Fields of a nested
-            object are checked, too, and are returned with a dotted name: `feedback.rating`.
+        fields: the columns of a row, or the keys of a turn, with their values.
     """
-    labels = dict(fields)
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            labels |= {f"{name}.{key}": part for key, part in value.items()}
-    return [label for label in labels.items() if _is_bad_label(*label)]
+    return [label for label in fields.items() if _is_bad_label(*label)]
 
 
 def _is_bad_label(column: str, value: object) -> bool:
     """Return whether the value of the column in this row labels the answer as bad."""
-    parent, _, name = plain(column).rpartition(".")
-    # In a nested object, such as metadata, ignore numbers and the key `label`, because they often
-    # are not a rating of the answer.
-    if parent and (name == "label" or not isinstance(value, str | bool)):
-        return False
+    name = plain(column)
     if name.removeprefix("is_") in _REVERSED_COLUMNS:
         return read_label(value) is True
     is_label = {name, name.removeprefix("is_")}.intersection(_LABEL_COLUMNS)
@@ -91,10 +82,8 @@ def check_no_bad_label(row: RowReader) -> None:
     at, name, value = bad[0]
     if at:  # the label of a turn
         fix = 'write "train": false into the turn'
-    elif name in row.row:  # a column
+    else:
         fix = _use_labels(row.source, name)
-    else:  # a key inside of a column, such as `feedback.rating`
-        fix = f"copy {name} into a separate column"
     shown = json.dumps(value, default=str, ensure_ascii=False)
     raise row.error(
         f"the answer is labeled bad: {name} is {shown}",
@@ -111,7 +100,4 @@ def _use_labels(source: Source, column: str) -> str:
     own_columns = [source.columns.get(own, own) for own in own_names]
     columns = {**dict(zip(names, own_columns, strict=True)), "label": column}
     settings = row_fix(source.source, method="kto", format="feedback", columns=columns)
-    fix = f"learn from good and bad answers with {settings}"
-    if plain(column).removeprefix("is_") in _REVERSED_COLUMNS:
-        fix += f" (first swap true and false in {column})"
-    return fix
+    return f"learn from good and bad answers, labeled true and false, with {settings}"
