@@ -307,48 +307,13 @@ def first_line(error: BaseException) -> str:
 _WORD_OF_A_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _SECRET_WORDS = {"passphrase", "auth"}
 _SECRET_PARTS = ("secret", "passw", "credential", "apikey")  # can be inside a word: DBPASSWORD
-_WORDS_BEFORE_KEY = {
-    "api",
-    "access",
-    "private",
-    "auth",
-    "account",
-    "signing",
-    "encryption",
-    "license",
-}
+_WORDS_BEFORE_KEY = "api access private auth account signing encryption license".split()
 # If one of these words comes before "token", the name does not mean a secret. An example is
 # `pad_token` of a tokenizer.
-_PLAIN_TOKENS = {
-    "pad",
-    "eos",
-    "bos",
-    "unk",
-    "sep",
-    "cls",
-    "mask",
-    "image",
-    "video",
-    "audio",
-    "start",
-    "begin",
-    "end",
-    "stop",
-    "special",
-    "eot",
-    "eom",
-    "user",
-    "assistant",
-    "system",
-    "think",
-    "next",
-    "first",
-    "last",
-    "per",
-    "each",
-    "non",
-    "new",
-}
+_PLAIN_TOKENS = (
+    "pad eos bos unk sep cls mask image video audio start begin end stop special eot eom user"
+    " assistant system think next first last per each non new"
+).split()
 
 
 def is_secret_name(name: str) -> bool:

@@ -141,7 +141,7 @@ def test_ends(error: BaseException, code: int, said: str, end_with: EndWith) -> 
     ("error", "fields"),
     [
         (OSError(errno.ENOSPC, "No space left", "/x"), {"where": "/x", "cause": "disk"}),
-        (OSError(errno.EROFS, "Read-only", "/proc/a b"), {"where": "/proc/a b", "fix": ["ls -ld /proc"]}),
+        (OSError(errno.EROFS, "Read-only", "/proc/a b"), {"where": "/proc/a b", "fix": ["ls -la /proc"]}),
         (RuntimeError("you tried to allocate 5 bytes"), {"where": "this machine", "names": [5]}),
         (MemoryError("no 7 bytes"), {"where": "this machine", "names": [7]}),
         (ModuleNotFoundError("no", name="wandb.sdk"), {"names": ["wandb"], "fix": ["pip install 'wandb>=0.18'"]}),

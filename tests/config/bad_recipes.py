@@ -44,7 +44,7 @@ _FORM = [
     _file("duplicate key", "+train:\n  seed: 1\n  seed: 2\n", "'seed' is given twice", "r.yaml:6", "remove one"),
     _file("alias to itself", "+train: &a {seed: *a}\n", "too deeply nested", "r.yaml:4", "no aliases"),
     _file("tag", "+method: !!python/name:os.system x\n", "tag", "r.yaml:4", "plain value"),
-    _file("merge key", "+train: {<<: sft}\n", "YAML 1.2 has no merge key", "r.yaml:4", "extends"),
+    _file("merge key", "+train: {<<: sft}\n", "unknown key train.<<", "r.yaml:4", "extends: RECIPE, because YAML 1.2 has no merge key"),
 ]  # fmt: skip
 
 _KEYS = [
@@ -56,7 +56,7 @@ _KEYS = [
     _file("a file of Axolotl", "base_model: a/b\ndatasets: [{path: a/c, type: alpaca}]\nadapter: lora\nlora_r: 16\n",
           "base_model (line 1), datasets (line 2), lora_r (line 4)", "r.yaml:1", "tunesmith import r.yaml"),
     _line("override of an unknown key", "train.sed=3", "train.sed", "train.sed", "did you mean train.seed?"),
-    _line("override below a value", ("train.seed=1", "train.seed.x=3"), "one override sets train.seed, and another override", "train.seed.x", "set train.seed completely"),
+    _line("override below a value", ("train.seed=1", "train.seed.x=3"), "train.seed: expected a whole number", "train.seed", "train.seed=42"),
     _line("extends as an override", "extends=qwen3-8b-lora", "extends is only allowed in a recipe file", "extends", "name the recipe qwen3-8b-lora"),
 ]  # fmt: skip
 

@@ -190,11 +190,9 @@ class Parser(argparse.ArgumentParser):
         from tunesmith.config.names import keys, suggest_key
 
         name = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
-        if name in keys():
-            return f"write {name}=VALUE, without dashes"
         hint = suggest_key(name, on_command_line=True)
-        if hint.startswith("write "):
-            return f"{hint}, without dashes"
+        if name in keys():
+            hint = f"write {name}=VALUE"
         return f"write a key of the recipe as key=value, without dashes; {hint}"
 
 
@@ -423,12 +421,8 @@ def _machine_error(error: BaseException) -> MachineError | None:
     # Do not convert an error without a path, because the user would not know what to change.
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
-    path = Path(where)
-    # If the file does not exist, the fix names the nearest existing parent folder.
-    place = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
-    fix = (
-        f"check the type and the permissions with `ls -ld {shell_path(place)}`, or use another path"
-    )
+    folder = shell_path(Path(where).parent)
+    fix = f"check the types and the permissions with `ls -la {folder}`, or use another path"
     return MachineError(f"{where} cannot be used: {error.strerror}", where=where, fix=fix)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.row_formats import FORMAT_COLUMNS
-from tunesmith.config.yaml_file import read_value
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
@@ -149,18 +148,12 @@ def report_unreadable(errors: Sequence[UsageError], *, shown: int) -> None:
 
 
 def column_names(text: str) -> list[tuple[str, str]]:
-    """Parse the option --columns, such as `prompt=question,completion=answer`.
-
-    The notation of recipes, `{prompt: question, completion: answer}`, is also accepted.
-    """
-    if text.lstrip().startswith("{"):
-        pairs = list(read_value(text, "columns", "--columns").values["columns"].items())
-    else:
-        # Split only at a comma before "name=", because the name of a column may contain a comma.
-        words = (pair.partition("=") for pair in re.split(r",(?=\s*[\w-]+=)", text))
-        pairs = [(name.strip(), column.strip()) for name, _, column in words]
+    """Parse the option --columns, such as `prompt=question,completion=answer`."""
+    # Split only at a comma before "name=", because the name of a column may contain a comma.
+    words = (pair.partition("=") for pair in re.split(r",(?=\s*[\w-]+=)", text))
+    pairs = [(name.strip(), column.strip()) for name, _, column in words]
     for pair in pairs:
-        if not all(isinstance(part, str) and part for part in pair):
+        if not all(pair):
             raise argparse.ArgumentTypeError(
                 f"{text} does not have the form name=column, for example prompt=question"
             )
@@ -249,11 +242,10 @@ def stdin_lines() -> Iterator[tuple[int, str]]:
                 # Remove a byte order mark from the first line.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                byte = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
                 raise DataError(
                     "the line is not UTF-8 text",
                     where=f"stdin:{number}",
-                    why=f"{byte}: {error.reason}",
+                    why=str(error),
                     fix="convert the text to UTF-8, for example with "
                     "`iconv -f cp1252 -t utf-8 rows.jsonl | tunesmith ...`",
                 ) from None

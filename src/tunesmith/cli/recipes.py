@@ -53,10 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.action == "list":
         _list(as_json=args.json)
-    elif args.name is None:
-        what = f"recipes {args.action} needs a recipe's name"
-        fix = shell_command(["tunesmith", "recipes", args.action, "smollm2-135m-lora"])
-        raise UsageError(what, where="command line", fix=f"run `{fix}`")
+    elif args.name is None or (args.action == "copy" and len(args.rest) > 1):
+        name = args.name or "smollm2-135m-lora"
+        command = shell_command(["tunesmith", "recipes", args.action, name, *args.rest[:1]])
+        what = f"recipes {args.action} takes one recipe, and copy at most one destination"
+        raise UsageError(what, where="command line", fix=f"run `{command}`")
     elif args.action == "show":
         recipe = load_recipe(args.name, args.rest, trusts_code=True)
         text = dump(recipe)
@@ -68,10 +69,6 @@ def run(args: argparse.Namespace) -> None:
             # further information.
             text = file.read_text(encoding="utf-8")
         sys.stdout.write(text)
-    elif len(args.rest) > 1:
-        what = f"recipes copy takes one destination, not {len(args.rest)}"
-        command = shell_command(["tunesmith", "recipes", "copy", args.name, args.rest[0]])
-        raise UsageError(what, where="command line", fix=f"run `{command}`")
     else:
         _copy(args.name, Path(args.rest[0] if args.rest else "."), force=args.force)
 

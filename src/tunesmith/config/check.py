@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.dump import flatten, leaves, to_mapping
 from tunesmith.config.layers import COMMAND_LINE
-from tunesmith.config.names import last_part, nearest, suggest
+from tunesmith.config.names import last_part, suggest
 from tunesmith.config.paths import TEMPLATES, is_place, is_valid_path
 from tunesmith.config.row_formats import FORMAT_COLUMNS, FormatName
 from tunesmith.config.schema import METHOD_KEYS, Run, Source
@@ -68,7 +68,6 @@ def find_problems(run: Run, layer: RecipeLayer) -> dict[str, RecipeError]:
         _paths(run),
         _keys_without_effect(run, places),
         _formats(run, places),
-        _target(run),
         _template(run),
         _table(run),
     )
@@ -181,15 +180,12 @@ def _paths(run: Run) -> Iterator[Problem]:
         text = str(value)
         if not is_place(key) or is_valid_path(text):
             continue
-        hub = _HUB.match(text)
-        yield Problem(
-            key,
-            f"must be a path or a Hub id, without $, :// and null characters, but is {text!r}",
-            fix=f"write the Hub id: {hub[1]}"
-            if hub
-            else "write the path itself: the file of a URL must be downloaded first, and only the "
-            "command line expands variables",
-        )
+        fix = "write the path itself: the file of a URL must be downloaded first, and only the"
+        fix += " command line expands variables"
+        if hub := _HUB.match(text):
+            fix = f"write the Hub id: {hub[1]}"
+        what = f"must be a path or a Hub id, without $, :// and null characters, but is {text!r}"
+        yield Problem(key, what, fix)
 
 
 def _keys_without_effect(run: Run, places: Places) -> Iterator[Problem]:
@@ -252,18 +248,6 @@ def _columns(key: str, source: Source) -> Iterator[Problem]:
             f"is not a column of format {source.format}",
             fix=suggest(name, columns, otherwise=otherwise),
             why="`columns` maps the format's column name to the file's column name",
-        )
-
-
-def _target(run: Run) -> Iterator[Problem]:
-    target = run.adapter.target
-    names = (target,) if isinstance(target, str) else target
-    is_mistyped = target != "all-linear" and any(nearest(name, ["all-linear"]) for name in names)
-    if not names or is_mistyped:
-        yield Problem(
-            "adapter.target",
-            f"is {target}, which is not the name of a module",
-            fix="set adapter.target: all-linear, or a list of module names: [q_proj, v_proj]",
         )
 
 

@@ -121,19 +121,14 @@ def _property(schema: dict[str, Any]) -> dict[str, Any]:
 
 def write_or_check(arguments: list[str]) -> int:
     """Run the command `--write FILE` or `--check FILE`, and return its exit status."""
-    if len(arguments) != 2 or arguments[0] not in ("--write", "--check"):
-        print(
-            "usage: python -m tunesmith.config.describe --write|--check FILE.md|FILE.json",
-            file=sys.stderr,
-        )
-        return 2
-    path = Path(arguments[1])
+    option, name = arguments
+    path = Path(name)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     # Keep the text above the mark, because it is written by hand.
     page = old.partition(GENERATED_MARK)[0] + GENERATED_MARK + reference()
     if path.suffix == ".json":
         page = json.dumps(json_schema(), indent=1) + "\n"
-    if arguments[0] == "--write":
+    if option == "--write":
         path.write_text(page, encoding="utf-8")
     elif page != old:
         command = f"python -m tunesmith.config.describe --write {path}"

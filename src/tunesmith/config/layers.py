@@ -29,19 +29,18 @@ _DOTTED_KEY = re.compile(rf"[\w-]+(\.[^.\s]+){{0,{MAX_DEPTH}}}")
 
 
 def merge_layers(
-    lower: RecipeLayer, upper: RecipeLayer, *, announce: bool = False, origin: str = ""
+    lower: RecipeLayer, upper: RecipeLayer, *, announce: bool = False, is_override: bool = False
 ) -> RecipeLayer:
     """Merge two layers of a recipe. Values of the upper layer win.
 
     Args:
         announce: log a line with the data keys that are dropped because of a new data source.
-        origin: if given, `upper` is one override of the command line or of Python, and `lower` has
-            the overrides before it. An override of a part of a key, such as
-            `train.global_batch.x`, may then not replace an override of the entire key.
+        is_override: whether `upper` is one override of the command line or of Python, and `lower`
+            has the overrides before it. All of them then still apply.
     """
     lower = with_method_section(lower)
     upper = with_method_section(upper)
-    values = _merge(lower.values, upper.values, origin=origin)
+    values = _merge(lower.values, upper.values, is_override=is_override)
     remaining = set(_nested_keys(values))
     positions = {**lower.positions, **upper.positions}
     positions = {key: where for key, where in positions.items() if key in remaining}
@@ -116,7 +115,7 @@ def override_layer(overrides: Overrides) -> RecipeLayer:
         if key == "extends":
             fix = f"name the recipe {value} in the command, or write extends into the recipe file"
             raise RecipeError("extends is only allowed in a recipe file", where=where, fix=fix)
-        layer = merge_layers(layer, read_value(value, key, where), origin=origin)
+        layer = merge_layers(layer, read_value(value, key, where), is_override=True)
     return resolve_paths(layer, Path.cwd())
 
 
@@ -132,7 +131,7 @@ def with_method_section(layer: RecipeLayer) -> RecipeLayer:
     return RecipeLayer({**layer.values, "method": {"name": method}}, positions)
 
 
-def _merge(lower: Any, upper: Any, key: str = "", *, origin: str = "") -> Any:
+def _merge(lower: Any, upper: Any, key: str = "", *, is_override: bool = False) -> Any:
     """Merge the values of two layers at `key`. Values of the upper layer win.
 
     Mappings are merged, and every other value is replaced. A null also replaces, even if the key
@@ -144,18 +143,14 @@ def _merge(lower: Any, upper: Any, key: str = "", *, origin: str = "") -> Any:
     # An empty mapping clears the value of a key such as `columns`, whose value is a mapping. For a
     # section, such as `train: {}`, an empty mapping changes nothing.
     if not are_mappings or not (upper or is_section(hint)):
-        if origin and isinstance(upper, dict) and upper and lower is not None:
-            raise RecipeError(
-                f"one override sets {key}, and another override sets only a key in {key}",
-                where=f"{origin}: {key}.{next(iter(upper))}",
-                fix=f"set {key} completely in one override",
-            )
         return upper
     # Drop values of the lower layer that no longer apply. For example, drop `columns` if the upper
     # layer names another data source.
-    merged = lower if origin else _without_stale(lower, upper, key)
+    merged = lower if is_override else _without_stale(lower, upper, key)
     both = {
-        name: _merge(merged[name], upper[name], f"{key}.{name}".lstrip("."), origin=origin)
+        name: _merge(
+            merged[name], upper[name], f"{key}.{name}".lstrip("."), is_override=is_override
+        )
         for name in merged.keys() & upper
     }
     return {**merged, **upper, **both}

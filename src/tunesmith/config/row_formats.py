@@ -21,17 +21,14 @@ FormatName = Literal[
 
 # Column names after the normalization of `data/rows/detect.py`: lower case, no accents, words
 # joined by underscores.
-_QUESTION_NAMES = (
-    *("prompt", "question", "query", "input", "problem", "user", "human", "q"),
-    *("user_message", "user_input"),
-    *("frage", "pregunta", "domanda", "pergunta", "vraag", "fraga", "sporsmal", "pytanie"),
-    *("вопрос", "问题", "問題", "質問", "질문", "soru", "سؤال"),
+_QUESTION_NAMES = tuple(
+    "prompt question query input problem user human q user_message user_input frage pregunta"
+    " domanda pergunta vraag fraga sporsmal pytanie вопрос 问题 問題 質問 질문 soru سؤال".split()
 )
-_ANSWER_NAMES = (
-    *("completion", "answer", "response", "output", "reply", "assistant", "solution", "a"),
-    *("assistant_message", "assistant_response", "model_response"),
-    *("antwort", "reponse", "respuesta", "risposta", "resposta", "antwoord", "svar", "odpowiedz"),
-    *("ответ", "回答", "答案", "답변", "대답", "cevap", "جواب"),
+_ANSWER_NAMES = tuple(
+    "completion answer response output reply assistant solution a assistant_message"
+    " assistant_response model_response antwort reponse respuesta risposta resposta antwoord svar"
+    " odpowiedz ответ 回答 答案 답변 대답 cevap جواب".split()
 )
 _SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 # Formats with a list of turns also accept "instructions", which is the system message of OpenAI's
@@ -39,8 +36,8 @@ _SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 _CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions")
 _TOOLS_NAMES = ("tools", "functions")
 _INPUT_NAMES = ("input", "context")
-PICTURE_NAMES = ("images", "image", "image_path", "image_paths", "pictures", "picture")
-_LABEL_NAMES = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thumbs_up")
+PICTURE_NAMES = tuple("images image image_path image_paths pictures picture".split())
+_LABEL_NAMES = tuple("label kto_tag is_desirable desirable thumbs thumbs_up".split())
 
 
 class ChatColumn(tuple[str, ...]):
@@ -218,29 +215,16 @@ READ_BY_ANY_NAME = ("system", "tools", "images")
 # assistant, and its entire content is a tool call. `_role_by_channel` of data/rows/messages.py has
 # two more roles of this kind: `thought` and `recipient`.
 CHAT_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    # Words of chat databases and of support desks.
-    **dict.fromkeys(("customer", "client", "visitor", "caller", "end-user"), "user"),
-    **dict.fromkeys(("agent", "operator", "support", "advisor", "admin"), "assistant"),
-    "function_call": "call",
-    "tool_call": "call",
-    "observation": "tool",
-    "tool": "tool",
-    "function_response": "tool",
-    "function_call_output": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-    "ipython": "tool",
+    word: role
+    for role, words in {
+        "system": "system developer",
+        # The words after `prompter` and `bard` are those of chat databases and of support desks.
+        "user": "user human prompter customer client visitor caller end-user",
+        "assistant": "assistant gpt model chatgpt bot ai bing bard agent operator support advisor"
+        " admin",
+        "call": "function_call tool_call",
+        "tool": "observation tool function_response function_call_output tool_response function"
+        " ipython",
+    }.items()
+    for word in words.split()
 }

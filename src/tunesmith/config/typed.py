@@ -6,7 +6,7 @@ Values are not coerced, with one exception: an integer is accepted as a float, a
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import Field, is_dataclass
@@ -59,8 +59,17 @@ def parse_run(layer: RecipeLayer) -> tuple[Run | None, dict[str, RecipeError]]:
         Dotted key of each wrong value -> its error.
     """
     run, wrong = _validate(layer.values)
-    if _is_of_other_tool(layer, wrong):
-        return None, _explain_other_tool(layer, wrong)
+    file = layer.where().rpartition(":")[0]
+    foreign = other_tools("keys").keys() & wrong
+    if len(foreign) > 1 and "model" not in layer.values and Path(file).is_file():
+        lines = [layer.where(key).replace(f"{file}:", f"{key} (line ") for key in wrong if key]
+        error = RecipeError(
+            f"unknown keys {', '.join(f'{line})' for line in lines)}",
+            where=layer.where(),
+            why="these are keys of another tool",
+            fix=f"convert the file with `tunesmith import {shell_path(file)}`",
+        )
+        return None, {"": error}
     errors = {key: _explain(layer, key, error) for key, error in wrong.items()}
     if wrong:
         values = deepcopy(layer.values)
@@ -68,7 +77,7 @@ def parse_run(layer: RecipeLayer) -> tuple[Run | None, dict[str, RecipeError]]:
         # first, so that the indices of the others stay.
         paths = {tuple(_path(values, error)) for error in wrong.values()} - {()}
         for path in sorted(paths, reverse=True):
-            _section(values, path).pop(path[-1])
+            _value_at(values, path[:-1]).pop(path[-1])
         run, _ = _validate(values)
     return run, errors
 
@@ -128,17 +137,13 @@ def _validate(values: dict[str, Any]) -> "tuple[Run | None, dict[str, ErrorDetai
     # pydantic reports one error for each member type of a union. Use the error with the longest
     # key, because this member type matched the largest part of the value. An unknown key in a
     # section can be a misspelled name of a missing key of this section.
-    unknown = {_section_of(key) for key, one in wrong.items() if one["type"] == _UNKNOWN_KEY}
+    unknown = {key.rpartition(".")[0] for key, one in wrong.items() if one["type"] == _UNKNOWN_KEY}
     return None, {
         key: one
         for key, one in wrong.items()
         if not any(other.startswith(f"{key}.") for other in wrong)
-        and not (one["type"] == "missing" and _section_of(key) in unknown)
+        and not (one["type"] == "missing" and key.rpartition(".")[0] in unknown)
     }
-
-
-def _section_of(key: str) -> str:
-    return key.rpartition(".")[0]
 
 
 def _path(values: dict[str, Any], error: "ErrorDetails") -> list[str | int]:
@@ -155,40 +160,12 @@ def _path(values: dict[str, Any], error: "ErrorDetails") -> list[str | int]:
     return path
 
 
-def _section(values: dict[str, Any], path: Sequence[str | int]) -> Any:
-    """Return the mapping or list that contains the value at `path`."""
-    section: Any = values
-    for part in path[:-1]:
-        section = section[part]
-    return section
-
-
-def _is_of_other_tool(layer: RecipeLayer, wrong: "Mapping[str, ErrorDetails]") -> bool:
-    """Return whether the file is a configuration of another tool.
-
-    It has several top-level keys of other tools, and no `model` section.
-    """
-    foreign = other_tools("keys").keys() & wrong
-    is_file = Path(layer.where().rpartition(":")[0]).is_file()
-    return len(foreign) > 1 and "model" not in layer.values and is_file
-
-
-def _explain_other_tool(
-    layer: RecipeLayer, wrong: "Mapping[str, ErrorDetails]"
-) -> dict[str, RecipeError]:
-    file = layer.where().rpartition(":")[0]
-    places = []
-    for key, error in wrong.items():
-        if error["type"] == _UNKNOWN_KEY:
-            places.append(f"{key} ({layer.where(key).replace(f'{file}:', 'line ')})")
-    return {
-        "": RecipeError(
-            f"unknown keys {', '.join(places)}",
-            where=layer.where(),
-            why="these are keys of another tool",
-            fix=f"convert the file with `tunesmith import {shell_path(file)}`",
-        )
-    }
+def _value_at(values: dict[str, Any], path: Sequence[str | int]) -> Any:
+    """Return the value at a path of keys and indices."""
+    value: Any = values
+    for part in path:
+        value = value[part]
+    return value
 
 
 def _explain(layer: RecipeLayer, key: str, error: "ErrorDetails") -> RecipeError:
@@ -204,11 +181,10 @@ def _explain(layer: RecipeLayer, key: str, error: "ErrorDetails") -> RecipeError
     if error["type"] == "missing" and isinstance(error["loc"][-1], str):
         fix = f"add {key}: {example(key)}"
         return RecipeError(f"{key} is missing: {about}", where=where, fix=fix)
-    value = _section(layer.values, path)[path[-1]]
+    value = _value_at(layer.values, path)
     # For an item of a list, show an example of the entire list.
-    fix = (
-        _repair(layer, key, path, hint) or f"write {_setting(where, key, example(key))}   # {about}"
-    )
+    fix = _repair(layer, key, path, hint)
+    fix = fix or f"write {_setting(where, key, example(key))}   # {about}"
     # A value that begins with a digit is an amount, even if the key also accepts words.
     is_amount = not literal_words(hint) or str(value)[:1].isdigit()
     if error["type"] in _BOUNDS:
@@ -257,7 +233,7 @@ def _repair(layer: RecipeLayer, key: str, path: Sequence[str | int], hint: objec
     Return "" if no form of the value is accepted.
     """
     where = layer.where(key)
-    value = _section(layer.values, path)[path[-1]]
+    value = _value_at(layer.values, path)
     words = literal_words(hint)
     if words and isinstance(value, str | bool):
         one_of = f"write one of {', '.join(words)}"
@@ -271,7 +247,7 @@ def _repair(layer: RecipeLayer, key: str, path: Sequence[str | int], hint: objec
     accepted = []
     for text in _other_forms(value, hint, example(key)):
         values = deepcopy(layer.values)
-        _section(values, path)[path[-1]] = read_value(text, "x", where).values["x"]
+        _value_at(values, path[:-1])[path[-1]] = read_value(text, "x", where).values["x"]
         if not any(f"{wrong}.".startswith(f"{key}.") for wrong in _validate(values)[1]):
             accepted.append(_setting(where, key, text))
     if accepted:

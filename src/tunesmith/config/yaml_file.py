@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import BaseResolver, VersionedResolver
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import RecipeError, first_line
 from tunesmith.host.functions import file_and_name
 from tunesmith.host.shell import shell_path
 
@@ -30,8 +29,6 @@ Scalar = str | int | float | bool | None
 # each MB would take half a minute.
 MAX_BYTES = 256 << 10
 MAX_DEPTH = 20
-# Maximum number of open brackets. ruamel needs minutes for 100,000 open brackets before it fails.
-MAX_OPEN = 200
 # Maximum number of digits of an integer. A float can hold 16**250.
 MAX_DIGITS = 250
 # Maximum number of values after aliases are expanded. Without this limit, nine lines of nested
@@ -57,10 +54,6 @@ _UNTAGGED = (
     BaseResolver.DEFAULT_SEQUENCE_TAG,
     BaseResolver.DEFAULT_MAPPING_TAG,
 )
-
-
-class NotAMappingError(RecipeError):
-    """A recipe file whose content is not a mapping of keys to values."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +130,9 @@ def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Rec
             # Read one byte more than allowed, to detect a file that is too large.
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        what = "this recipe cannot be read"
-        why = error.strerror or str(error)
         fix = f"check the permissions of the file with `ls -l {shell_path(name)}`"
-        raise RecipeError(what, where=name, why=why, fix=fix) from error
+        why = first_line(error)
+        raise RecipeError("this recipe cannot be read", where=name, why=why, fix=fix) from error
     if len(raw) > MAX_BYTES:
         fix = "name a recipe instead of a file of rows; a recipe is about one page of YAML"
         raise RecipeError("this recipe is larger than 256 KiB", where=name, fix=fix)
@@ -149,20 +141,18 @@ def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Rec
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        # A UTF-16 file starts with a byte order mark of two bytes.
-        encoding = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
-        convert = f"iconv -f {encoding} -t UTF-8 {shell_path(name)} > fixed.yaml"
-        fix = f"{convert}   # if the file has that encoding"
-        what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
-        raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
+        raise RecipeError(
+            f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}",
+            where=f"{name}:{line}",
+            fix="save it as UTF-8, for example with `iconv -f LATIN1 -t UTF-8`",
+        ) from error
     reader = _Reader(lambda line, key: f"{name}:{line + 1}", plain_scalar)
     values = reader.read(text)
     if not isinstance(values, dict):
-        raise NotAMappingError(
+        raise RecipeError(
             "a recipe must be a mapping of keys to values, but this file is not a mapping",
             where=reader.positions.get("", name),
-            fix="begin the file with `model:`; `tunesmith recipes show smollm2-135m-lora` shows "
-            "a complete example",
+            fix="begin the file with `model:`, as `tunesmith recipes show smollm2-135m-lora` does",
         )
     return RecipeLayer(values, reader.positions)
 
@@ -187,16 +177,6 @@ class _Untyped(VersionedResolver):
         return BaseResolver.resolve(self, kind, value, implicit)
 
 
-def _check_brackets(text: str) -> None:
-    """Raise RecursionError if more than MAX_OPEN brackets and braces are open at once.
-
-    Brackets in quoted text count too.
-    """
-    changes = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
-    if max(accumulate(changes), default=0) > MAX_OPEN:
-        raise RecursionError
-
-
 def _check_tag(node: nodes.Node, where: str) -> None:
     if node.ctag not in _UNTAGGED:
         raise RecipeError(
@@ -206,28 +186,11 @@ def _check_tag(node: nodes.Node, where: str) -> None:
         )
 
 
-def _join_surrogates(text: str, where: str) -> str:
-    """Replace each surrogate pair by its character.
-
-    Surrogate pairs come from JSON, which can write an emoji as a pair.
-
-    Raise RecipeError for a surrogate without its partner, because it cannot be encoded in a file.
-    """
-    try:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
-    except UnicodeDecodeError:
-        raise RecipeError(
-            "this text contains half of a surrogate pair, which is not a character",
-            where=where,
-            fix="write the character itself, or both escapes of the pair",
-        ) from None
-
-
 @dataclass
 class _Reader:
     """Reader that converts one YAML document to plain values.
 
-    It enforces MAX_DEPTH, MAX_NODES and MAX_OPEN.
+    It enforces MAX_DEPTH and MAX_NODES.
 
     Attributes:
         place: returns the position of a value from its line, which counts from 0, and its key.
@@ -245,22 +208,19 @@ class _Reader:
         yaml.Resolver = _Untyped
         line = 0
         try:
-            _check_brackets(text)
             top = yaml.compose(text)
             return None if top is None else self.value(top, key)
         except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = mark.line if mark else 0
-            problem = ": ".join(part for part in (error.context, error.problem) if part)
+            line = error.problem_mark.line if error.problem_mark else 0
+            problem = ": ".join(filter(None, (error.context, error.problem)))
         except ReaderError as error:
-            # ReaderError means that the text has a character that YAML does not allow.
+            # The text has a character that YAML does not allow.
             line = text.count("\n", 0, error.position)
-            problem = str(error).splitlines()[0]
-        except RecursionError:
-            problem = "the YAML is nested too deeply"
-        except (ValueError, OverflowError) as error:
-            # An escape such as "\UFFFFFFFF" is not a Unicode character.
-            problem = str(error)
+            problem = first_line(error)
+        # A RecursionError is a text that is nested too deeply, and the others are escapes such as
+        # "\UFFFFFFFF", which are no characters.
+        except (RecursionError, ValueError, OverflowError) as error:
+            problem = first_line(error)
         raise RecipeError(
             "this YAML cannot be read",
             where=self.place(line, key),
@@ -297,36 +257,30 @@ class _Reader:
             ]
         if isinstance(node, nodes.MappingNode):
             return self.mapping(node, key, line, depth + 1)
-        return self.text(node, where)
+        return self.text(node)
 
-    def text(self, node: Any, where: str) -> Scalar:
+    def text(self, node: Any) -> Scalar:
         # Only a scalar without quotes can be a number, bool or null.
         if node.style is None:
             return self.plain_scalar(node.value)
-        return _join_surrogates(node.value, where)
+        # JSON writes an emoji as two surrogates.
+        text: str = node.value
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     def mapping(self, node: nodes.Node, key: str, line: int, depth: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name_node, content in node.value:
-            line_of_name = max(line, name_node.start_mark.line)
-            where = self.place(line_of_name, key)
-            _check_tag(name_node, where)
             is_scalar = isinstance(name_node, nodes.ScalarNode)
-            name = self.text(name_node, where) if is_scalar else None
-            if not isinstance(name, str):
-                what, fix = f"a key must be text, but this key is {name!r}", "put the key in quotes"
-            # `<<` in quotes is an ordinary name, for example of a column.
-            elif name == "<<" and name_node.style is None:
-                what = "YAML 1.2 has no merge key `<<`"
-                fix = "write the keys out, or build on another recipe with `extends: RECIPE`"
-            elif name in values:
-                first = self.positions[f"{key}.{name}".lstrip(".")]
-                what = f"the key {name!r} is given twice, first at {first}"
-                fix = "remove one of the two keys"
-            else:
-                path = f"{key}.{name}".lstrip(".")
-                self.positions[path] = self.place(line_of_name, path)
-                values[name] = self.value(content, path, line_of_name, depth)
-                continue
-            raise RecipeError(what, where=where, fix=fix)
+            name = str(name_node.value) if is_scalar else "a list or mapping"
+            path = f"{key}.{name}".lstrip(".")
+            line_of_name = max(line, name_node.start_mark.line)
+            where = self.place(line_of_name, path)
+            if name in values:
+                raise RecipeError(
+                    f"the key {name!r} is given twice, first at {self.positions[path]}",
+                    where=where,
+                    fix="remove one of the two keys",
+                )
+            self.positions[path] = where
+            values[name] = self.value(content, path, line_of_name, depth)
         return values

@@ -27,7 +27,6 @@ from tunesmith.data.tokens.token_set import (
 from tunesmith.data.tokens.tokenize import tokenize, tokenize_sides
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
-from tunesmith.host.memory import available_memory
 from tunesmith.run_dir import with_earlier_runs
 from tunesmith.units import count_of
 
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tunesmith.data.text.placeholders import PictureProcessor
-
-# Bytes per example to shuffle an epoch: examples, keys, order and the sort take 8 bytes each.
-BYTES_PER_EXAMPLE = 32
 
 
 @dataclass(frozen=True)
@@ -233,18 +229,7 @@ def _check_labels(train: TokenSet) -> None:
 
 
 def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
-    """Build the batch schedule of a run.
-
-    Raise DataError if an epoch has no examples, or more examples than can be shuffled in memory.
-    """
-    examples = float(train.repeats.sum())
-    if BYTES_PER_EXAMPLE * examples > available_memory():
-        raise DataError(
-            f"an epoch would have {examples:,.0f} examples because of the weights in data.train",
-            where="data.train",
-            why="the memory is too small to shuffle so many examples",
-            fix="use lower weights (data.train.weight); the default is 1",
-        )
+    """Build the batch schedule of a run. Raise DataError if an epoch has no examples."""
     schedule = BatchSchedule(run, train)
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)

@@ -165,7 +165,6 @@ def test_one_sentence_comes_first_and_then_the_details(llama: Path) -> None:
     assert lines[0] == f"fits: {needed} of {room} GiB, about {duration} at {speed}"
     assert lines[1].startswith("machines: 2 x 8 x NVIDIA H100 80GB HBM3, 79 GiB, 520 TFLOP/s")
     assert lines_with(said, "examples:", "2,048 tokens")
-    refused(llama, "--on", "h100", "--on", "h200", where="command line: --on", names=[2])
 
 
 def test_rows_that_are_here_or_that_a_split_names_are_counted(llama: Path) -> None:

@@ -309,12 +309,9 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
     # Check first for text in UTF-16 or UTF-32.
     wide: str = json.detect_encoding(data)
     if not wide.startswith("utf-8"):
-        # Drop the last decoded character, because its bytes can be incomplete.
-        head = data[:HEAD_BYTES].decode(wide, "replace")[:-1]
-        if not re.search("[\x00-\x08\ufffd]", head):
-            # Convert Python's name of the encoding to iconv's name: utf-16-le becomes utf-16le.
-            wide = wide.replace("6-", "6").replace("2-", "2")
-            raise _not_utf8_error(path, where(0), f"the file looks like {wide} text", wide)
+        # Convert Python's name of the encoding to iconv's name: utf-16-le becomes utf-16le.
+        wide = wide.replace("6-", "6").replace("2-", "2")
+        raise _not_utf8_error(path, where(0), f"the file looks like {wide} text", wide)
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:

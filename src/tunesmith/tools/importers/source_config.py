@@ -17,7 +17,7 @@ import yaml
 from pydantic import JsonValue
 
 from tunesmith.config.dump import leaves
-from tunesmith.config.yaml_file import MAX_DIGITS, NotAMappingError, Scalar, read_file, scalar
+from tunesmith.config.yaml_file import MAX_DIGITS, Scalar, read_file, scalar
 from tunesmith.errors import RecipeError, UsageError
 from tunesmith.host.files import find_similar_path
 from tunesmith.host.shell import shell_path
@@ -159,9 +159,9 @@ def source_keys(path: Path) -> Iterator[SourceKey]:
         layer = read_file(path, yaml_1_1_scalar)
     except RecipeError as error:
         near = None if path.exists() else find_similar_path(path)
-        fix = f"did you mean {near}?" if near else error.fix
-        if isinstance(error, NotAMappingError):
-            fix = "give the configuration file of another tool, in YAML or JSON"
+        fix = "give the configuration file of another tool, in YAML or JSON"
+        if near:
+            fix = f"did you mean {near}?"
         what = error.what.replace("recipe", "file")
         raise UsageError(what, where=error.where, why=error.why, fix=fix) from None
     # A list of scalars is one value.

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from tunesmith.config.check import METHOD_FORMATS
-from tunesmith.config.names import nearest
+from tunesmith.config.names import suggest
 from tunesmith.config.yaml_file import scalar
 from tunesmith.errors import UsageError
 from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
@@ -346,16 +346,15 @@ def _read_dataset_info(recipe: Translation, prefix: str) -> None:
     paths = [folder / file for folder in (base, *base.parents[:3], Path.cwd())]
     path = next(filter(Path.is_file, paths), None)
     if path is None:
-        fix = f"put the file in {paths[0].parent}, or {_NAME_ROWS}"
-        raise recipe.error(prefix, f"{file}, which describes the data set, was not found", fix)
-
+        raise recipe.error(prefix, f"{file}, which describes the data set, is missing", _NAME_ROWS)
     leaves = list(source_keys(path))
     for number, name in enumerate(recipe.listed(prefix)):
         own = [leaf for leaf in leaves if leaf.key.startswith(f"{name}.")]
         if not own:
-            near = nearest(name, {leaf.key.partition(".")[0] for leaf in leaves})
-            fix = f"did you mean {near or name}? If not, {_NAME_ROWS}"
-            raise recipe.error(prefix, f"{path} does not list {name} as a mapping", fix)
+            names = {leaf.key.partition(".")[0] for leaf in leaves}
+            raise recipe.error(
+                prefix, f"{path} does not list {name}", suggest(name, names, otherwise=_NAME_ROWS)
+            )
 
         recipe.defaults[f"{prefix}.{number}.num_samples"] = recipe.get("max_samples")
         for leaf in own:

@@ -20,9 +20,9 @@ _OPEN_R1_REWARDS = (
     " cf_code code_format tag_count soft_overlong_punishment"
 ).split()
 _OPEN_R1_ARGUMENTS = (
-    *("cosine_*", "repetition_n_grams", "repetition_max_penalty", "code_*", "ioi_provider"),
-    *("parallel_code_exec_per_proc", "*_router_url", "max_completion_len", "soft_punish_cache"),
-)
+    "cosine_* repetition_n_grams repetition_max_penalty code_* parallel_code_exec_per_proc"
+    " ioi_provider *_router_url max_completion_len soft_punish_cache"
+).split()
 _OPEN_R1_FILE = """\
 from open_r1.configs import GRPOScriptArguments
 from open_r1.rewards import get_reward_funcs

@@ -23,7 +23,6 @@ from logging.handlers import BufferingHandler
 from tunesmith.cli.options import add_json, whole_number
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.config.dump import flatten
-from tunesmith.errors import UsageError
 from tunesmith.host.logger import PACKAGE
 from tunesmith.host.shell import shell_word
 from tunesmith.planning.machines import read_cluster
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument(
         "--on",
-        action="append",
+        default="here",
         metavar="MACHINES",
         help="GPUs of the plan: 2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this "
         "machine)",
@@ -83,22 +82,9 @@ def _logged_afterwards() -> Iterator[None]:
             PACKAGE.handle(record)
 
 
+@_logged_afterwards()
 def run(args: argparse.Namespace) -> None:
-    with _logged_afterwards():
-        _plan(args)
-
-
-def _plan(args: argparse.Namespace) -> None:
-    # --on is a list, so that a repeated option can be reported instead of being ignored.
-    machines = args.on or ["here"]
-    if len(machines) > 1:
-        raise UsageError(
-            f"--on was given {len(machines)} times",
-            where="command line: --on",
-            why="`tunesmith plan` estimates one kind of machine at a time",
-            fix="run `tunesmith plan` once for each machine, and compare the figures of --json",
-        )
-    cluster = read_cluster(machines[0])
+    cluster = read_cluster(args.on)
     recipe, new_recipe = chosen_recipe(
         args, on_paper=True, row_count=args.rows, ranks=cluster.world
     )
