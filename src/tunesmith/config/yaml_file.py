@@ -144,7 +144,7 @@ def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Rec
         raise RecipeError(
             f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}",
             where=f"{name}:{line}",
-            fix="save it as UTF-8, for example with `iconv -f LATIN1 -t UTF-8`",
+            fix=f"iconv -f LATIN1 -t UTF-8 {shell_path(name)} > fixed.yaml   # or its encoding",
         ) from error
     reader = _Reader(lambda line, key: f"{name}:{line + 1}", plain_scalar)
     values = reader.read(text)
