@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +42,11 @@ def test_before_a_model_is_read(words: str, tiny: Path, tmp_path: Path, monkeypa
     assert done.code == 2, done.err
     assert all(part in done.err for part in CASES[words]), done.err
     assert sorted(os.listdir()) == ["broken.py", "mine.py", "r.yaml", "rows.jsonl"]
+
+
+def test_a_start_checks_its_rows_without_torch() -> None:
+    code = "import sys, tunesmith.training.run; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_deleted_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest, loading_l
 from tunesmith.host.streams import show, survive_write_errors
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.presentation.summary import closing_summary
+from tunesmith.stages.scorer_names import check_scorers
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
                 early.patience = STOP_PATIENCE_SECONDS
             with reported_once_a_node():
                 recipe, new_recipe = chosen_recipe(args, on_draft=_check_output_dir)
+                # Check the names first, because the imports below take a second.
+                check_scorers(recipe)
                 if new_recipe is not None:
                     new_recipe.check_file()
             if new_recipe is not None:

@@ -29,7 +29,6 @@ from tunesmith.metrics.record import StepRecord, read_records, read_start_values
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.run_figures import named_figures
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.planning.savings import less_memory
 from tunesmith.run_dir import (
     BEST,
     FAILURE,
@@ -202,6 +201,9 @@ def failure_of(
         return RunError(full_disk, where=where, why=why, fix=fix, cause="disk")
     if is_out_of_memory(error):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
+        # Import here, because it imports torch, and a start checks the rows before that.
+        from tunesmith.planning.savings import less_memory
+
         fix = less_memory(run, plan, resumed=saved_step is not None)
         if not fix.endswith("--fresh"):
             fix = f"{fix}; {resume}"
