@@ -62,7 +62,7 @@ CODE = {"model.trust_remote_code": "true", "method.reward": "own.py:score", "met
 @pytest.mark.parametrize("key", CODE)
 @pytest.mark.parametrize(
     ("place", "beside", "counts"),
-    [("recipes/base.yaml", "", True), ("recipes/below/base.yaml", "", False), ("other/base.yaml", "", False), ("recipes/link.yaml", "", False),
+    [("recipes/base.yaml", "", True), ("recipes/below/base.yaml", "", False), ("other/base.yaml", "", True), ("recipes/link.yaml", "", True),
      *(("recipes/run/config.yaml", name, False) for name in ("env.json", "metrics.jsonl", "final/a", "checkpoint-3/a", "rollouts/a", "adapter_config.json")),
      ("recipes/config.yaml", "final/a", False), ("recipes/config.yaml", "", True)],
 )  # fmt: skip
