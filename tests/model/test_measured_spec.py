@@ -78,7 +78,7 @@ def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert measure_spec({**config, "eos_token_id": 5}, where="other") == first
     file.write_text(file.read_text()[:-9])
     assert measure_spec(config, where="test") == first
-    assert json.loads(file.read_text())["parameters"] == first.parameters
+    assert json.loads(file.read_text().split("\n")[1])["parameters"] == first.parameters
 
 
 @pytest.mark.parametrize(

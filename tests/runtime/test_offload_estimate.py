@@ -135,11 +135,11 @@ def test_layers_that_fit_stay_and_the_others_stream(gib: int, streamed: int) -> 
         (("parameters",), 2, []),
     ],
 )
-def test_a_run_that_does_not_fit_is_offered_to_stream_with_what_that_costs(offload, gib, offered):
+def test_a_run_that_does_not_fit_is_offered_to_stream(offload, gib, offered):
     """What is offloaded already stays in the offer."""
     cluster = Cluster(replace(CHIPS["rtx-4090"], gib=gib))
     planner = plan_on_paper(recipe(LORA, *offload, recompute="auto"), SPEC, cluster, WORK)
-    with refuses(MachineError, fix=["GB", "tokens/s"] if offered else []) as refused:
+    with refuses(MachineError) as refused:
         planner.choose()
     assert re.findall(r"train\.cpu_offload='?(\[.*?\])", str(refused.value.fix)) == offered
 

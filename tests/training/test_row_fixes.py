@@ -26,7 +26,7 @@ COLUMNS = {"columns": {"prompt": "q", "completion": "b"}}
 
 def preview(rows: Path, settings: Settings, *, python: bool) -> None:
     with rows_set_by(option=True, python=python):
-        draft_recipe("./model", str(rows), {f"data.train.{key}": settings[key] for key in settings})
+        draft_recipe("demo", str(rows), {f"data.train.{key}": settings[key] for key in settings})
 
 
 def check_recipe(rows: Path, settings: Settings, overrides: Overrides) -> None:

@@ -12,12 +12,16 @@ A user can copy a fix only if it has the notation in which the rows are given:
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from tunesmith.host.shell import shell_word
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Options of the command line for keys of a data source.
 _OPTIONS = {"source": "--data", "split": "--split", "format": "--format", "columns": "--columns"}
@@ -45,7 +49,7 @@ class RowNotation:
 
 
 _BY_RECIPE = RowNotation()
-# The current notation. A worker process gets the value of the process that starts it.
+# The current notation. `with_notation` sets it in a worker process.
 NOTATION = ContextVar("NOTATION", default=_BY_RECIPE)
 
 
@@ -60,6 +64,12 @@ def rows_set_by(*, option: bool = False, python: bool = False) -> Iterator[None]
         yield
     finally:
         NOTATION.reset(token)
+
+
+def with_notation(notation: RowNotation, function: Callable[[T], R], argument: T) -> R:
+    """Call a function in a worker process with the notation of the process that starts it."""
+    NOTATION.set(notation)
+    return function(argument)
 
 
 def record_overrides(overridden: Mapping[str, str]) -> None:

@@ -26,7 +26,6 @@ from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import psutil
 
-from tunesmith.config.row_settings import NOTATION
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host.child_output import exit_text
 
@@ -121,7 +120,7 @@ class Worker(Generic[Task, Result]):
             env=env,
             start_new_session=True,
         )
-        self._unsent: list[object] = [NOTATION.get(), function]
+        self._unsent: list[object] = [function]
 
     def __call__(self, task: Task, where: str, seconds: float | None = None) -> Result:
         """Apply the function to a task and return its result, or raise its error.
@@ -229,7 +228,6 @@ def serve() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # EOFError means that stdin has ended. The worker exits in this case.
     with suppress(EOFError, BrokenPipeError):
-        NOTATION.set(pickle.load(requests))
         function = pickle.load(requests)
         while True:
             task = pickle.load(requests)

@@ -8,7 +8,9 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 
+from tunesmith.config.row_settings import NOTATION, with_notation
 from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.data.workers import Worker, WorkerPool
 from tunesmith.errors import DataError
@@ -46,7 +48,8 @@ def encode_batches(
         for batch in batches:
             yield batch, encode(batch)
         return
-    pool = WorkerPool([Worker(encode, "a tokenizer process") for _ in range(count)])
+    task = partial(with_notation, NOTATION.get(), encode)
+    pool = WorkerPool([Worker(task, "a tokenizer process") for _ in range(count)])
     waiting = deque[tuple[RowBatch, Future[list[EncodedRow | DataError]]]]()
     try:
         for batch in batches:
