@@ -46,7 +46,7 @@ FITS = 0.6
 # sitecustomize.py of a dry run. Each Python process runs it at its start. It makes all shapes tiny.
 TINY = """
 from dataclasses import replace
-from tunesmith.model.shapes import SHAPES
+from tunesmith.model.arch.shapes import SHAPES
 small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
 small |= {"head_dim": 8, "num_hidden_layers": 2, "vocab_size": 512}
 experts = {"moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}

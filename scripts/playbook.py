@@ -469,7 +469,7 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
         say(f"Trainable parameters = {count_parameters(run):,}")
     say(f"Loading dataset with {args.dataset_size} samples...")
     say(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-    from tunesmith.training.run import train
+    from tunesmith.start.run import train
 
     with lines_on_stderr(FlagFormatter(batches, flags_of(name))):
         result = train(run, fresh=args.fresh, argv=sys.argv)

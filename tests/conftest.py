@@ -19,7 +19,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from recipes import CHATML
-from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST
+from tunesmith.model.known.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST
 from tunesmith.tools.export.gguf.converter import Converter, find_converter, unpack_sdist
 
 pytest_plugins = ["devices", "rows", "trained", "varlen"]

@@ -37,7 +37,7 @@ def run_interpreted(file: str) -> None:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device that a run takes. On the CPU attention goes the way of CUDA (`varlen.py`)."""
     found = torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
-    monkeypatch.setattr("tunesmith.stages.plan.choose_device", lambda: found)
+    monkeypatch.setattr("tunesmith.start.plan.choose_device", lambda: found)
     if found.type == "cpu":
         request.getfixturevalue("varlen_on_cpu")
     return found
@@ -46,7 +46,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 @pytest.fixture
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of 8 tokens at most: a random model ends none of them by itself."""
-    from tunesmith.inference.decoding import Decoding
+    from tunesmith.answers.decoding import Decoding
 
     config = Decoding.config
 

@@ -11,8 +11,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from recipes import CHATML
 from tunesmith.config.schema import run_type
-from tunesmith.data.text.builtin_templates import with_tools
 from tunesmith.host.packages import installed_versions, source_digest
+from tunesmith.tokens.text.builtin_templates import with_tools
 
 HUGE = 2 << 20  # bytes of a huge page
 MADV_COLLAPSE = 25  # of Linux 6.1

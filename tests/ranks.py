@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.known.architectures import ARCHITECTURES
 
 FORKS = os.environ.get("TUNESMITH_TESTS_FORK") != "0"
 # What a process has loaded when it is forked, so that none loads it again
@@ -27,7 +27,7 @@ PRELOADED = [
     "torch",
     "transformers",
     "torch.distributed.fsdp",
-    "tunesmith.training.run",
+    "tunesmith.start.run",
     "tunesmith.cli.main",
     *(
         f"transformers.models.{name}.modeling_{name}"

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tunesmith.batches.schedule import BatchSchedule
 from tunesmith.config.schema import Data, Source, Train
-from tunesmith.data.batches.schedule import BatchSchedule
-from tunesmith.data.compare.splits import read_splits
-from tunesmith.data.rows.samples import Completion, Conversation, Sample
-from tunesmith.data.text.example import Example
-from tunesmith.data.text.template import tokenizer_hash
-from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.data.tokens.tokenize import tokenize
+from tunesmith.rows.compare.splits import read_splits
+from tunesmith.rows.samples import Completion, Conversation, Sample
+from tunesmith.tokens.text.example import Example
+from tunesmith.tokens.text.template import tokenizer_hash
+from tunesmith.tokens.token_set import TokenSet
+from tunesmith.tokens.tokenize import tokenize
 
 
 class Simple:

@@ -21,20 +21,20 @@ from conftest import byte_tokenizer
 from devices import cpu_and_gpu
 from recipes import make_run
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import collate
 from tunesmith.build_model import build_model
-from tunesmith.data.batches.batch import collate
-from tunesmith.data.text.example import Example
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model.attention import attend
-from tunesmith.model.documents import Documents
+from tunesmith.model.layers.attention import attend
+from tunesmith.model.layers.documents import Documents
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.recompute import recompute_layers
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
+from tunesmith.start.build import build
+from tunesmith.start.request import Request
+from tunesmith.tokens.text.example import Example
 from tunesmith.training.session import Session
 
 pytestmark = pytest.mark.slow

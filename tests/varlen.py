@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.model import attention
-from tunesmith.model.documents import Documents
+from tunesmith.model.layers import attention
+from tunesmith.model.layers.documents import Documents
 
 
 @torch.library.custom_op("tunesmith_test::varlen", mutates_args=())

@@ -8,13 +8,13 @@ packed rows, with padded rows, or not at all.
     # write the table and docs/models.md; if types are given, replace only their rows
     python benchmarks/parity/families.py --write
 
-The default config of each type is shrunk to a tiny model (`model/tiny_model.py`). Two documents in
+The default config of each type is shrunk to a tiny model (`model/measuring/tiny_model.py`). Two documents in
 one row are compared with each document alone under Transformers' own attention, in logits and all
-gradients (`model/support.py`). For a multimodal type, only the text model is trained. If the text
+gradients (`model/measuring/support.py`). For a multimodal type, only the text model is trained. If the text
 model has its own class, this class is used, and its logits must equal those of the entire model.
 Otherwise the class of the entire model is used. Training with pictures is measured for the families
 that have a processor in `tests/vision.py`. A type is refused if its memory cannot be measured on
-the meta device (`model/measured_spec.py`).
+the meta device (`model/measuring/measured_spec.py`).
 
 If a type differs from the table, for example after a new release of Transformers, the type is
 printed and the exit code is 1.
@@ -46,12 +46,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.errors import ModelError
 from tunesmith.hub.picture_support import make_picture_row
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.measured_spec import measure_spec
-from tunesmith.model.model_types import (
+from tunesmith.model.arch.spec import check_supported
+from tunesmith.model.arch.text_config import has_own_class
+from tunesmith.model.known.architectures import ARCHITECTURES
+from tunesmith.model.known.model_types import (
     FILE,
     TUNED_SUPPORT,
     Errors,
@@ -61,11 +61,11 @@ from tunesmith.model.model_types import (
     measured_with,
     read_model_types,
 )
-from tunesmith.model.spec import check_supported
-from tunesmith.model.support import measure_own_class, measure_support
-from tunesmith.model.text_config import has_own_class
-from tunesmith.model.tiny_model import shrink, shrink_multimodal
-from tunesmith.model.vision_support import measure_pictures
+from tunesmith.model.measuring.measured_spec import measure_spec
+from tunesmith.model.measuring.support import measure_own_class, measure_support
+from tunesmith.model.measuring.tiny_model import shrink, shrink_multimodal
+from tunesmith.model.measuring.vision_support import measure_pictures
+from tunesmith.tokens.text.placeholders import PictureProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folder of the tests' module `vision`

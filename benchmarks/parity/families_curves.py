@@ -30,7 +30,7 @@ from parity import compare, examples_of, recipe, whole_texts, write_first_adapte
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "parity"))
 from reference import curve, load
 
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 BASE: dict[str, Any] = {
     "vocab_size": 1024,

@@ -29,10 +29,10 @@ from tunesmith.adapter import peft_files
 from tunesmith.build_model import build_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.data.text.example import Example
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.planning.resolve import inference_plan
-from tunesmith.training.run import train
+from tunesmith.start.run import train
+from tunesmith.tokens.text.example import Example
 
 TEXT = "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
 

@@ -48,7 +48,7 @@ import vision
 from figures import draw_figures
 from recipes import make_run
 from tunesmith.config.schema import Run
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 STEPS, BATCH, ROWS = 20, 6, 24
 RATES = {"lora": 2e-3, "none": 5e-4}

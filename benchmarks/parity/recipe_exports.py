@@ -77,14 +77,14 @@ def write_base(run: Any, folder: Path) -> Path:
 
     Return its folder.
     """
-    from stored_templates import tokenizer_of
     from transformers import AutoConfig
 
     from export import converter_models
     from model import families
     from quant import test_nf4
     from shipped_bases import change_config, draw_mxfp4_experts, write_fp8_stacks
-    from tunesmith.model.shapes import config_of_model
+    from stored_templates import tokenizer_of
+    from tunesmith.model.arch.shapes import config_of_model
 
     stated: Any = config_of_model(run.model.name)
     text_type = stated.get("text_config", stated)["model_type"]
@@ -159,12 +159,12 @@ def write_rows(run: Any, folder: Path) -> Path:
 def measure(recipe: str, folder: Path, converter: Path) -> dict[str, Any]:
     """Train a recipe on a tiny model, and export the result to each format. Return its row."""
     from tunesmith.config.load import load_recipe
-    from tunesmith.model.gguf_writers import gguf_writer
-    from tunesmith.model.safetensors_files import read_json
+    from tunesmith.model.known.gguf_writers import gguf_writer
+    from tunesmith.model.weights.safetensors_files import read_json
+    from tunesmith.start.run import train
     from tunesmith.tools.export.gguf.export import export_gguf
     from tunesmith.tools.export.merge import merge
     from tunesmith.tools.export.vllm_adapter import export_peft
-    from tunesmith.training.run import train
 
     run = load_recipe(recipe)
     base = write_base(run, folder / "base")
@@ -272,7 +272,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     from tunesmith.config.shipped import shipped
-    from tunesmith.model.gguf_writers import CONVERTER_SDIST
+    from tunesmith.model.known.gguf_writers import CONVERTER_SDIST
 
     names = options.recipes or list(shipped())
     if unknown := set(names) - set(shipped()):

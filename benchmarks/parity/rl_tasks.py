@@ -25,7 +25,7 @@ import tunesmith
 from tunesmith.config.load import from_mapping
 from tunesmith.host.demo_model import demo_model
 from tunesmith.metrics.hardware import describe_machine
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 WORDS = (
     "amber birch cedar delta ember fjord grove heron inlet juniper kelp lotus maple nectar olive pine"

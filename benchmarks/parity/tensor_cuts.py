@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch
 from tunesmith.config.schema import Adapter, MethodConfig, Train
-from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.decoder import drop_other_parts
-from tunesmith.model.fused import fuse_modules
-from tunesmith.model.model_types import ModelType, measured_with, read_model_types
-from tunesmith.model.tiny_model import VOCAB, build_tiny_model
+from tunesmith.model.known.decoder import drop_other_parts
+from tunesmith.model.known.model_types import ModelType, measured_with, read_model_types
+from tunesmith.model.layers.fused import fuse_modules
+from tunesmith.model.measuring.tiny_model import VOCAB, build_tiny_model
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.cuts import find_blocks
 from tunesmith.parallel.mesh import Mesh

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from tunesmith import build_model
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch
 from tunesmith.cli.main import main as tunesmith
-from tunesmith.data.batches.batch import Batch
 from tunesmith.formats import nf4
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
-from tunesmith.model import attention, fused, packed_attention
+from tunesmith.model.layers import attention, fused, packed_attention
 from tunesmith.quant import expert_rows, grouped_experts
 from tunesmith.units import ratio
 

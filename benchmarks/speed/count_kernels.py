@@ -65,12 +65,12 @@ from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.formats import matmul, mxfp4
 from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.host.chips import CHIPS
-from tunesmith.model import attention
-from tunesmith.model.documents import Documents
-from tunesmith.model.load import materialize
-from tunesmith.model.model_types import TUNED_SUPPORT
-from tunesmith.model.shapes import find_shape
-from tunesmith.model.shipped import AS_SHIPPED, shipped_form
+from tunesmith.model.arch.load import materialize
+from tunesmith.model.arch.shapes import find_shape
+from tunesmith.model.known.model_types import TUNED_SUPPORT
+from tunesmith.model.layers import attention
+from tunesmith.model.layers.documents import Documents
+from tunesmith.model.weights.shipped import AS_SHIPPED, shipped_form
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import expert_matmul, expert_rows, grouped_experts
 from tunesmith.quant.expert_rows import RowIndex

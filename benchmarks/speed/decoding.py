@@ -35,15 +35,15 @@ import torch
 from kernel_terms import GPU_WORK, product_dimensions
 from step_reports import measure_cases
 
+from tunesmith.answers.answers import answer_batch
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.sampler import Prompt
 from tunesmith.build_model import build_model
 from tunesmith.hub.fetch import spec_of_folder
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.inference.answers import answer_batch
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.sampler import Prompt
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
-from tunesmith.model.shapes import find_shape
+from tunesmith.model.arch.shapes import find_shape
 from tunesmith.planning.resolve import inference_plan, resolve_dtype
 from tunesmith.runtime.device import chip_of, choose_device
 from tunesmith.runtime.host import bound_shape_caches

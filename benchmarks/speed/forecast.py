@@ -42,9 +42,9 @@ from kernel_terms import ATTENTION, OTHER, PRODUCTS, SKINNY, TERMS
 from tunesmith.config.schema import Run
 from tunesmith.host.chips import CHIPS
 from tunesmith.loss import chunk_size, even_chunk_size
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.shapes import find_shape
-from tunesmith.model.spec import ModelSpec
+from tunesmith.model.arch.shapes import find_shape
+from tunesmith.model.arch.spec import ModelSpec
+from tunesmith.model.measuring.measured_spec import model_spec
 from tunesmith.planning.forecast import plan_on_paper
 from tunesmith.planning.machines import read_cluster
 from tunesmith.planning.measured_layers import count_adapter

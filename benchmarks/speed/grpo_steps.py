@@ -29,13 +29,13 @@ from torch._dynamo.utils import counters
 from tunesmith.checkpoint.resume import Start
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
-from tunesmith.model.shapes import find_shape
-from tunesmith.presentation.start import choices_line
+from tunesmith.model.arch.shapes import find_shape
 from tunesmith.runtime.host import bound_shape_caches
-from tunesmith.stages.request import Request
+from tunesmith.start.build import build
+from tunesmith.start.lines import choices_line
+from tunesmith.start.request import Request
 from tunesmith.tools.bench.measure import BenchPlan
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
-from tunesmith.training.build import build
 from tunesmith.training.session import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer

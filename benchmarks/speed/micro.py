@@ -26,9 +26,9 @@ from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.fp8 import Fp8, select_scaling
 from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.host.packages import bnb_functional
-from tunesmith.model.attention import attend, select_attention_backend
-from tunesmith.model.documents import Documents
-from tunesmith.model.packed_attention import spans_if_chosen
+from tunesmith.model.layers.attention import attend, select_attention_backend
+from tunesmith.model.layers.documents import Documents
+from tunesmith.model.layers.packed_attention import spans_if_chosen
 
 RANK = 8
 HIDDEN, MLP, KV = 4096, 14336, 1024

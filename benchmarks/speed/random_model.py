@@ -16,8 +16,9 @@ from huggingface_hub import save_torch_state_dict
 
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.config.schema import Model
-from tunesmith.model import load, random_init
-from tunesmith.model.shapes import SHAPES
+from tunesmith.model.arch import load
+from tunesmith.model.arch.shapes import SHAPES
+from tunesmith.model.weights import random_init
 from tunesmith.tools.bench.shape import write_shape
 
 

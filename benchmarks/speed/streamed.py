@@ -40,17 +40,17 @@ from transformers import PreTrainedTokenizerFast
 from tunesmith.checkpoint.resume import Start
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
-from tunesmith.model.shapes import SHAPES
+from tunesmith.model.arch.shapes import SHAPES
 from tunesmith.planning.memory import MemoryEstimator
-from tunesmith.presentation.start import choices_line
 from tunesmith.runtime import stream
 from tunesmith.runtime.determinism import CHOICES, WORKSPACE, deterministic_algorithms
 from tunesmith.runtime.device import choose_device, free_device_memory
-from tunesmith.stages import plan as plan_stage
-from tunesmith.stages.request import Request
+from tunesmith.start import plan as plan_stage
+from tunesmith.start.build import build
+from tunesmith.start.lines import choices_line
+from tunesmith.start.request import Request
 from tunesmith.tools.bench.measure import BenchPlan
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
-from tunesmith.training.build import build
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from tunesmith.units import Size

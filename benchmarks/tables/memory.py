@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tunesmith.adapter.lora import attach_lora, count_adapter_parameters
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.arch.shapes import SHAPES
+from tunesmith.model.arch.spec import ModelSpec, read_spec
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
 from tunesmith.planning.run_plan import Machine
 

@@ -50,17 +50,17 @@ from tunesmith.errors import (
 )
 
 if TYPE_CHECKING:
+    from tunesmith.answers.decoding import Decoding
+    from tunesmith.answers.load_run import LoadedModel, load_run
     from tunesmith.cli.from_python import inspect_data, plan, sweep
-    from tunesmith.inference.decoding import Decoding
-    from tunesmith.inference.load_run import LoadedModel, load_run
     from tunesmith.metrics.record import StepRecord
+    from tunesmith.start.run import train
     from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
     from tunesmith.tools.evaluate.generate import generate
     from tunesmith.tools.export.gguf.export import ExportedFile, export_gguf
     from tunesmith.tools.export.merge import Merged, merge
     from tunesmith.tools.report.comparison import Comparison, compare
     from tunesmith.training.result import Result
-    from tunesmith.training.run import train
 
 __all__ = [
     "CheckpointError",

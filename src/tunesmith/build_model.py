@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora, peft_files
+from tunesmith.batches.batch import Batch
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.sharded import is_sharded, read_shards
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import RecipeError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
@@ -27,11 +27,13 @@ from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import loss_and_grad
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import fused, load, random_init
-from tunesmith.model.decoder import find_text_model
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.support import Support
-from tunesmith.model.weights import load_weights
+from tunesmith.model.arch import load
+from tunesmith.model.known.decoder import find_text_model
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.layers import fused
+from tunesmith.model.measuring.support import Support
+from tunesmith.model.weights import random_init
+from tunesmith.model.weights.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.parallel.mesh import ALONE, Mesh

@@ -17,8 +17,8 @@ from tunesmith.adapter import lora, peft_files
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model.tiny_model import build_tiny_model
-from tunesmith.presentation.start import misread_warnings
+from tunesmith.model.measuring.tiny_model import build_tiny_model
+from tunesmith.start.lines import misread_warnings
 
 CASES = {
     "all-linear": Adapter(rank=4, alpha=12),

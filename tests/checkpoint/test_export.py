@@ -23,11 +23,11 @@ from recipes import built_model, make_run
 from tunesmith.checkpoint.contents import tokenizer_files, write_checkpoint, write_model_files
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import MethodConfig, Run
-from tunesmith.data.text.select_template import select_template
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.save_tensors import MAX_PIECE_BYTES
-from tunesmith.model.tokenizer import eos_ids
+from tunesmith.model.arch.tokenizer import eos_ids
+from tunesmith.model.weights.save_tensors import MAX_PIECE_BYTES
+from tunesmith.tokens.text.select_template import select_template
 
 pytestmark = pytest.mark.slow
 
@@ -106,8 +106,8 @@ def test_what_is_written_stops_at_each_end_of_an_answer(kind, tiny, tmp_path):
 def test_a_large_model_is_written_in_several_files(tiny, tmp_path, monkeypatch):
     from huggingface_hub import save_torch_state_dict
 
-    monkeypatch.setattr("tunesmith.model.save_tensors.MAX_FILE_SIZE", "50KB")
-    monkeypatch.setattr("tunesmith.model.save_tensors.MAX_PIECE_BYTES", 1000)
+    monkeypatch.setattr("tunesmith.model.weights.save_tensors.MAX_FILE_SIZE", "50KB")
+    monkeypatch.setattr("tunesmith.model.weights.save_tensors.MAX_PIECE_BYTES", 1000)
     run = make_run(tiny, tmp_path, adapter={"kind": "none"})
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     model = built_model(run, tiny)

@@ -11,12 +11,12 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from errors import holds
+from tunesmith.answers.load_run import locate_run
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Model, Source
 from tunesmith.config.yaml_file import read_value
-from tunesmith.inference.load_run import locate_run
 
 LICENCE = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: https://example.org/l\n---\n# tiny\n"
 

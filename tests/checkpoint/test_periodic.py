@@ -19,7 +19,7 @@ from tunesmith.checkpoint import contents, manifest
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.errors import CheckpointError
 from tunesmith.runtime.transfer import Snapshot
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 from waiting import wait_for
 
 

@@ -16,7 +16,7 @@ from recipes import make_run, merge
 from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, run_files
 from tunesmith.errors import UsageError
 from tunesmith.run_dir import LOCK, ROLLOUTS, rollout_files
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 
 @pytest.mark.parametrize("name", ["launch/recipe.yaml", "data/more.jsonl", f"first/{IDENTITY}"])

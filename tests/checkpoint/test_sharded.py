@@ -16,11 +16,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 from errors import holds
 from ranks import run_ranks
 from recipes import make_run
+from tunesmith.answers.load_run import load_run, locate_run, read_run_files
 from tunesmith.checkpoint import manifest
 from tunesmith.cli.main import main
 from tunesmith.errors import TunesmithError
-from tunesmith.inference.load_run import load_run, locate_run, read_run_files
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = pytest.mark.slow
 

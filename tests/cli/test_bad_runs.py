@@ -32,7 +32,7 @@ from tunesmith.errors import (
 )
 from tunesmith.metrics.record import read_records
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
-from tunesmith.stages import plan as plan_stage
+from tunesmith.start import plan as plan_stage
 from warm import run_warm
 
 pytestmark = pytest.mark.slow

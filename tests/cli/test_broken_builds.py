@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ranks import run_ranks
 from tunesmith import build_model
-from tunesmith.data.batches.loader import GlobalBatch
+from tunesmith.batches.loader import GlobalBatch
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.methods.base import TrainModel
 from tunesmith.methods.sft import SupervisedFineTuning

@@ -27,8 +27,8 @@ from invoke import invoke
 from time_limit import time_limit
 from tunesmith.config.names import keys
 from tunesmith.config.schema import is_section
-from tunesmith.reader.page import render_page
-from tunesmith.reader.run_files import RunFiles
+from tunesmith.tools.report.page import render_page
+from tunesmith.tools.report.run_files import RunFiles
 
 pytestmark = pytest.mark.nightly
 

@@ -19,9 +19,9 @@ from invoke import invoke
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Source
-from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
+from tunesmith.rows.source.open_source import read_rows
 from tunesmith.tools.export.gguf.export import export_gguf
 from tunesmith.tools.sweep.space import read_space
 

@@ -28,9 +28,9 @@ def read_too_early(*_: object, **__: object) -> NoReturn:
 @pytest.mark.parametrize("words", CASES)
 def test_before_a_model_is_read(words: str, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tunesmith.stages.model.read_model", read_too_early)
-    monkeypatch.setattr("tunesmith.inference.load_run.load_run", read_too_early)
-    monkeypatch.setattr("tunesmith.training.make_recipe.read_model", read_too_early)
+    monkeypatch.setattr("tunesmith.start.model.read_model", read_too_early)
+    monkeypatch.setattr("tunesmith.answers.load_run.load_run", read_too_early)
+    monkeypatch.setattr("tunesmith.start.make_recipe.read_model", read_too_early)
     monkeypatch.setattr("tunesmith.tools.evaluate.cli_generate.load_run", read_too_early)
     monkeypatch.setattr("tunesmith.tools.evaluate.run_eval.run_rows", read_too_early)
     rows = [{"prompt": f"What is {i} + 1?", "completion": f"{i + 1}"} for i in range(20)]
@@ -45,7 +45,7 @@ def test_before_a_model_is_read(words: str, tiny: Path, tmp_path: Path, monkeypa
 
 
 def test_a_start_checks_its_rows_without_torch() -> None:
-    code = "import sys, tunesmith.training.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, tunesmith.start.run; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -19,7 +19,7 @@ from tunesmith.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-log = logging.getLogger("tunesmith.training.run")
+log = logging.getLogger("tunesmith.start.run")
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 

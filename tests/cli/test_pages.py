@@ -10,7 +10,7 @@ import pytest
 from conftest import byte_tokenizer
 from tunesmith.cli.run_data import segments
 from tunesmith.config.load import from_mapping
-from tunesmith.data.prepare import prepare_data
+from tunesmith.start.prepare import prepare_data
 from warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,8 +16,8 @@ from errors import check_shown, error_in, warnings_with
 from playbook import SCRIPTS, batches_a_step, default_folder, make_recipe, parser
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.schema import Data, Run, Source
-from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.text.select_template import select_template
+from tunesmith.rows.formats import convert_row
+from tunesmith.tokens.text.select_template import select_template
 
 pytestmark = pytest.mark.slow
 

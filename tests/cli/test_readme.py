@@ -20,7 +20,7 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import copy_of, shipped
-from tunesmith.model.shapes import SHAPES, Shape
+from tunesmith.model.arch.shapes import SHAPES, Shape
 
 pytestmark = pytest.mark.long
 

@@ -20,13 +20,13 @@ import pytest
 from errors import check_shown, holds
 from invoke import Output, invoke
 from runs import ROWS, make_run, peft_model, write_rows
-from tunesmith.data.rows.samples import Conversation
-from tunesmith.data.text.template import Template
+from tunesmith.answers.answers import answer_batch
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.load_run import load_run
+from tunesmith.answers.sampler import Prompt
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE
-from tunesmith.inference.answers import answer_batch
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.load_run import load_run
-from tunesmith.inference.sampler import Prompt
+from tunesmith.rows.samples import Conversation
+from tunesmith.tokens.text.template import Template
 from tunesmith.tools.evaluate.chat import Chat
 from warm import Warm, take_terminal
 

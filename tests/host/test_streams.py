@@ -15,7 +15,7 @@ from tunesmith.host.logger import PACKAGE, lines_on_stderr
 from tunesmith.host.streams import LastingOutput
 from tunesmith.metrics.log_file import LogFile
 
-log = logging.getLogger("tunesmith.training.run")
+log = logging.getLogger("tunesmith.start.run")
 
 
 def test_nothing_is_lost_where_a_non_blocking_reader_is_behind() -> None:
@@ -49,7 +49,7 @@ def test_no_control_of_a_row_or_name_reaches_terminal_or_log(capsys, tmp_path):
 
     def command() -> int:
         with log_file:
-            logging.getLogger("tunesmith.data").warning("a row: %s", CONTROLS)
+            logging.getLogger("tunesmith.rows").warning("a row: %s", CONTROLS)
             raise UsageError(CONTROLS, where=CONTROLS, why=CONTROLS, fix=CONTROLS)
 
     assert run_command(command, process=False) == 2

@@ -191,7 +191,7 @@ def test_look_and_bring(fetch, files, tmp_path: Path) -> None:
 ROWS = """
 import json, sys
 from tunesmith.config.schema import Source
-from tunesmith.data.source.open_source import open_splits
+from tunesmith.rows.source.open_source import open_splits
 from tunesmith.errors import TunesmithError
 try:
     splits = open_splits(Source(**json.loads(sys.argv[1])))

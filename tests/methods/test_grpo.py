@@ -12,14 +12,14 @@ from torch import Tensor
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
+from tunesmith.answers.sampler import Prompt, SampledIds
+from tunesmith.batches.layout import Layout
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batches.layout import Layout
-from tunesmith.data.text.example import Example
 from tunesmith.errors import RunError
-from tunesmith.inference.sampler import Prompt, SampledIds
 from tunesmith.methods import make_method
 from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.methods.grpo import answer_weights
+from tunesmith.tokens.text.example import Example
 from tunesmith.training.answer_groups import group_examples
 
 GROUP = 4

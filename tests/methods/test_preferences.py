@@ -17,13 +17,13 @@ from torch import Tensor
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch, collate
+from tunesmith.batches.layout import Layout
+from tunesmith.batches.mismatched import mismatched_examples
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batches.batch import Batch, collate
-from tunesmith.data.batches.layout import Layout
-from tunesmith.data.batches.mismatched import mismatched_examples
-from tunesmith.data.text.example import Example
 from tunesmith.methods import make_method
 from tunesmith.methods.base import StepTotals, TrainModel
+from tunesmith.tokens.text.example import Example
 
 TOLERANCE = 1e-9
 

@@ -16,7 +16,7 @@ from tunesmith.host.chips import Peak, peak_of
 from tunesmith.metrics.gauges import Gauges
 from tunesmith.metrics.hardware import describe_machine, find_peak
 from tunesmith.metrics.record import read_records
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 
 @pytest.mark.parametrize(

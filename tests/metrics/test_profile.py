@@ -15,7 +15,7 @@ from recipes import make_run
 from tunesmith.config.schema import Profile
 from tunesmith.errors import UsageError
 from tunesmith.metrics.profile import Profiler
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 
 def traced(folder: Path, steps: int, rank: int = 0, **settings: Any) -> list[list[dict]]:

@@ -39,8 +39,8 @@ from tunesmith.metrics.sink import (
 )
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TRACKERS, Tracker, TrackerSink
-from tunesmith.stages.inputs import check_requirements
-from tunesmith.training.run import train
+from tunesmith.start.inputs import check_requirements
+from tunesmith.start.run import train
 from tunesmith.training.run_sinks import sinks_of
 from tunesmith.units import Length
 

@@ -11,18 +11,18 @@ import torch
 
 from errors import refuses
 from pairwise import name_of, pairwise
-from tunesmith.data.batches.batch import collate
-from tunesmith.data.text.example import Example
+from tunesmith.batches.batch import collate
 from tunesmith.errors import ModelError
-from tunesmith.model import attention
-from tunesmith.model import sinks as sinks_module
-from tunesmith.model.attention import attend
-from tunesmith.model.documents import (
+from tunesmith.model.layers import attention
+from tunesmith.model.layers import sinks as sinks_module
+from tunesmith.model.layers.attention import attend
+from tunesmith.model.layers.documents import (
     BLOCK_QUERIES,
     Documents,
     RepeatedTokens,
     count_saved_probabilities,
 )
+from tunesmith.tokens.text.example import Example
 
 
 def documents(lengths: list[int]) -> Documents:

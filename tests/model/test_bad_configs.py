@@ -10,9 +10,9 @@ import pytest
 from errors import refuses
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model.load import build_on_meta, load_configs
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.support import find_support
+from tunesmith.model.arch.load import build_on_meta, load_configs
+from tunesmith.model.measuring.measured_spec import model_spec
+from tunesmith.model.measuring.support import find_support
 from vision_models import FAMILIES, TEXT
 
 from .families import SMALL

@@ -22,13 +22,13 @@ from tunesmith.adapter.peft_files import find_misread
 from tunesmith.checkpoint.contents import write_model_files
 from tunesmith.config.schema import Model
 from tunesmith.errors import RecipeError
-from tunesmith.model import load
-from tunesmith.model.load import auto_class_of
-from tunesmith.model.stored_form import write_model_config
-from tunesmith.model.tiny_model import FIRST_SPECIAL_ID, build_tiny_model
-from tunesmith.model.weights import load_weights
+from tunesmith.model.arch import load
+from tunesmith.model.arch.load import auto_class_of
+from tunesmith.model.measuring.tiny_model import FIRST_SPECIAL_ID, build_tiny_model
+from tunesmith.model.weights.stored_form import write_model_config
+from tunesmith.model.weights.weights import load_weights
+from tunesmith.start.run import train
 from tunesmith.tools.export.merge import merge
-from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 

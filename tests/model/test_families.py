@@ -17,15 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from errors import refuses
 from pairwise import name_of, pairwise
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch, collate
 from tunesmith.config.schema import Adapter, MethodConfig
-from tunesmith.data.batches.batch import Batch, collate
-from tunesmith.data.text.example import Example
 from tunesmith.errors import ModelError
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.decoder import Head, find_decoder, find_head, find_layers, head_fits
-from tunesmith.model.fused import (
+from tunesmith.model.known.architectures import ARCHITECTURES
+from tunesmith.model.known.decoder import Head, find_decoder, find_head, find_layers, head_fits
+from tunesmith.model.layers.fused import (
     FusedAttention,
     FusedJoinedMLP,
     FusedMLP,
@@ -33,8 +32,9 @@ from tunesmith.model.fused import (
     FusedZeroCenteredNorm,
     fuse_modules,
 )
-from tunesmith.model.recurrent import run_by_document
+from tunesmith.model.layers.recurrent import run_by_document
 from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.tokens.text.example import Example
 
 from . import families
 

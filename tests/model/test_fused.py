@@ -14,7 +14,7 @@ from transformers.models.helium.modeling_helium import HeliumRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from tunesmith.model.fused_functions import geglu, rms_norm, rotate, swiglu
+from tunesmith.model.layers.fused_functions import geglu, rms_norm, rotate, swiglu
 
 
 def leaf(*shape: int) -> Tensor:

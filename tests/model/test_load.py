@@ -14,11 +14,11 @@ from pairwise import name_of, pairwise
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model import load
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.save_tensors import save_sharded
-from tunesmith.model.stored_form import in_stored_form
-from tunesmith.model.weights import load_weights
+from tunesmith.model.arch import load
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.weights.save_tensors import save_sharded
+from tunesmith.model.weights.stored_form import in_stored_form
+from tunesmith.model.weights.weights import load_weights
 
 from . import families
 from .families import SMALL, marked

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from errors import refuses
 from tunesmith.errors import ModelError
-from tunesmith.model import measured_spec, tiny_model
-from tunesmith.model.measured_spec import measure_spec, model_spec
+from tunesmith.model.measuring import measured_spec, tiny_model
+from tunesmith.model.measuring.measured_spec import measure_spec, model_spec
 
 from . import families
 

@@ -21,9 +21,9 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import UsageError
 from tunesmith.hub.fetch import fetch
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model import load
-from tunesmith.model.tokenizer import eos_ids
-from tunesmith.model.weights import load_weights
+from tunesmith.model.arch import load
+from tunesmith.model.arch.tokenizer import eos_ids
+from tunesmith.model.weights.weights import load_weights
 
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 7, 2**63, 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", "x",

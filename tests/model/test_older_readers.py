@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from conftest import byte_tokenizer
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.older_readers import write_for_older_readers
+from tunesmith.model.known.architectures import ARCHITECTURES
+from tunesmith.model.weights.older_readers import write_for_older_readers
 
 from .families import SMALL
 

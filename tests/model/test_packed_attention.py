@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from devices import gpu, run_interpreted
-from tunesmith.model import attention, packed_attention
-from tunesmith.model.attention_kernels import TORCH_KERNEL, choose_kernel
+from tunesmith.model.layers import attention, packed_attention
+from tunesmith.model.layers.attention_kernels import TORCH_KERNEL, choose_kernel
 from varlen import varlen
 
 # Heads, key heads, width of a head, edges of documents: of one token, of none, over several tiles.
@@ -40,7 +40,7 @@ def expected(q: Tensor, k: Tensor, v: Tensor, edges: list[int], scale: float) ->
 
 def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Output and gradients of each case beside fp32."""
-    from tunesmith.model.packed_attention import packed_attention, spans_of
+    from tunesmith.model.layers.packed_attention import packed_attention, spans_of
 
     for heads, kv_heads, width, edges in CASES:
         generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from errors import refuses
 from tunesmith.adapter.lora import attach_lora, count_adapter_parameters
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model import spec
+from tunesmith.model.arch import spec
 
 from . import families
 

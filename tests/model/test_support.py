@@ -16,9 +16,9 @@ from invoke import invoke
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model import support, tiny_model
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.model_types import read_model_types
+from tunesmith.model.known.architectures import ARCHITECTURES
+from tunesmith.model.known.model_types import read_model_types
+from tunesmith.model.measuring import support, tiny_model
 from tunesmith.quant.linear_layers import set_bypassed
 
 

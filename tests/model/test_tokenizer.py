@@ -12,8 +12,8 @@ import pytest
 from errors import refuses
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model.load import load_configs
-from tunesmith.model.tokenizer import eos_ids, load_tokenizer, set_padding, vocab_rows
+from tunesmith.model.arch.load import load_configs
+from tunesmith.model.arch.tokenizer import eos_ids, load_tokenizer, set_padding, vocab_rows
 
 
 @pytest.fixture

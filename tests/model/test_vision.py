@@ -22,21 +22,26 @@ from errors import refuses
 from figures import write_figures
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch, collate
+from tunesmith.batches.positions import mrope_positions
 from tunesmith.checkpoint.contents import write_model_files
 from tunesmith.config.schema import Model
-from tunesmith.data.batches.batch import Batch, collate
-from tunesmith.data.batches.positions import mrope_positions
-from tunesmith.data.text.example import Example, Pixels
-from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.hub.picture_support import ReadyPixels, make_picture_row
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import attention
-from tunesmith.model import vision as vision_model
-from tunesmith.model.decoder import find_decoder, find_projector, find_text_model, vision_parameters
-from tunesmith.model.load import build_on_meta
-from tunesmith.model.picture_flops import count_picture_flops
+from tunesmith.model.arch.load import build_on_meta
+from tunesmith.model.known.decoder import (
+    find_decoder,
+    find_projector,
+    find_text_model,
+    vision_parameters,
+)
+from tunesmith.model.layers import attention
+from tunesmith.model.layers import vision as vision_model
+from tunesmith.model.measuring.picture_flops import count_picture_flops
+from tunesmith.tokens.text.example import Example, Pixels
+from tunesmith.tokens.text.placeholders import PictureProcessor
 from tunesmith.tools.evaluate.evaluate import evaluate
 
 pytestmark = pytest.mark.slow

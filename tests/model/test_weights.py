@@ -20,10 +20,11 @@ from ranks import run_ranks
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.hub import fetch
-from tunesmith.model import load, safetensors_files
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.model.weights import load_weights
+from tunesmith.model.arch import load
+from tunesmith.model.arch.tokenizer import load_tokenizer
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.weights import safetensors_files
+from tunesmith.model.weights.weights import load_weights
 
 pytestmark = pytest.mark.slow
 

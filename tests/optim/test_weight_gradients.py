@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from recipes import make_run
 from tunesmith.config.schema import Train
 from tunesmith.metrics.record import read_records
-from tunesmith.model.spec import read_spec
+from tunesmith.model.arch.spec import read_spec
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import accumulate_in_fp32, fp32_gradients
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.run_plan import Machine
 from tunesmith.quant.linear_layers import set_bypassed
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = pytest.mark.slow
 

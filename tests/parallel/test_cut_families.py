@@ -23,8 +23,8 @@ from ranks import run_ranks
 from recipes import make_run
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.model_types import read_model_types
+from tunesmith.model.known.model_types import read_model_types
+from tunesmith.model.measuring.measured_spec import model_spec
 from tunesmith.parallel.cuts import find_blocks
 from tunesmith.parallel.mesh import check_mesh
 from tunesmith.parallel.mesh_shape import MeshShape

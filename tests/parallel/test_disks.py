@@ -21,7 +21,7 @@ from tunesmith.checkpoint import manifest, replicate
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

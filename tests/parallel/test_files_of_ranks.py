@@ -19,10 +19,10 @@ from tunesmith.checkpoint.resume import OPTIMIZER, Progress, Start
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.formats import stored
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model import save_tensors, stored_tensors
-from tunesmith.model.random_init import seed_of
-from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith.model.weights import copy_full_tensor
+from tunesmith.model.weights import save_tensors, stored_tensors
+from tunesmith.model.weights.random_init import seed_of
+from tunesmith.model.weights.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith.model.weights.weights import copy_full_tensor
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.planning.resolve import inference_plan

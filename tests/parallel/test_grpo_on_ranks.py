@@ -16,7 +16,7 @@ from ranks import run_each, run_ranks
 from recipes import make_run, merge
 from tunesmith.errors import OtherRankError, StoppedError
 from tunesmith.metrics.record import read_records
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -53,10 +53,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int], int]] = {
 def numbers(
     model: Path, folder: Path, changes: dict[str, Any], at_once: int
 ) -> list[dict[str, float]]:
-    import tunesmith.model.slots
+    import tunesmith.model.layers.slots
     from tunesmith.training import rollouts
 
-    tunesmith.model.slots.ANSWERS_AT_ONCE = at_once
+    tunesmith.model.layers.slots.ANSWERS_AT_ONCE = at_once
     sampled = []
     sample = rollouts.sample
     rollouts.sample = lambda *args, **options: sampled.append(0) or sample(*args, **options)
@@ -98,10 +98,10 @@ def test_two_ranks_do_what_one_does(tiny: Path, tmp_path: Path) -> None:
 
 def stopped_in_step_2(model: Path, folder: Path) -> dict[int, list[float]]:
     """The times at which this rank draws tokens in each step, from the signal that rank 1 gets."""
-    import tunesmith.model.slots
+    import tunesmith.model.layers.slots
     from tunesmith.training import rollouts
 
-    tunesmith.model.slots.ANSWERS_AT_ONCE = 4
+    tunesmith.model.layers.slots.ANSWERS_AT_ONCE = 4
     times: dict[int, list[float]] = {}
     sample = rollouts.sample
 

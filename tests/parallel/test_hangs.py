@@ -20,8 +20,8 @@ from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.distributed import heartbeat
 from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.errors import TunesmithError
+from tunesmith.start.run import train
 from tunesmith.training import answer_sampler, validation
-from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow

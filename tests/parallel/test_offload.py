@@ -19,9 +19,9 @@ from devices import cpu_and_gpu
 from ranks import run_each
 from recipes import make_run, merge
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch
 from tunesmith.build_model import build_model
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import TrainModel
@@ -32,7 +32,7 @@ from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import memory
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.runtime import recompute
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ import pytest
 from picture_runs import FAMILIES, picture_run, write_mixed, write_vision_model
 from ranks import gathered, run_each
 from tunesmith.parallel import copies
+from tunesmith.start.run import train
 from tunesmith.training import trainer
-from tunesmith.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

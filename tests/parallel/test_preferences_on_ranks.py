@@ -11,7 +11,7 @@ import pytest
 
 from ranks import run_each, world_of
 from recipes import WORDS, make_run, merge
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

@@ -16,7 +16,7 @@ from ranks import be_on_node, run_ranks
 from recipes import CHATML, make_run, write_rows
 from tunesmith.errors import EXIT_USAGE, TunesmithError
 from tunesmith.host.packages import installed_versions
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = pytest.mark.slow
 

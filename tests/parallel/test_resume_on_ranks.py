@@ -18,8 +18,8 @@ from ranks import run_ranks, world_of
 from recipes import make_run, merge
 from tunesmith.distributed import heartbeat
 from tunesmith.errors import OtherRankError, StoppedError
+from tunesmith.start.run import train
 from tunesmith.training.async_metrics import StepOutput
-from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]

@@ -16,11 +16,11 @@ from recipes import make_run
 from tunesmith.distributed import ranks as ranks_module
 from tunesmith.parallel import mesh
 from tunesmith.run_dir import read_samples
-from tunesmith.stages.request import Request
+from tunesmith.start.build import build
+from tunesmith.start.request import Request
+from tunesmith.start.run import train
 from tunesmith.training import answer_sampler
 from tunesmith.training.answer_sampler import SAMPLE_TOKENS, sample_answers
-from tunesmith.training.build import build
-from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 

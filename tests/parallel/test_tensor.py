@@ -13,15 +13,15 @@ from devices import graphs_compiled
 from errors import error_in, holds
 from ranks import gathered, run_ranks
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch
 from tunesmith.config.schema import Adapter, MethodConfig
-from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel, supervised_positions
-from tunesmith.model.decoder import Head
-from tunesmith.model.fused import fuse_modules
+from tunesmith.model.known.decoder import Head
+from tunesmith.model.layers.fused import fuse_modules
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
 from tunesmith.quant.replace import replace_by_codes

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tunesmith.data.batches.batch import IGNORE
-from tunesmith.data.text.example import Example
+from tunesmith.batches.batch import IGNORE
+from tunesmith.tokens.text.example import Example
 
 
 def loss_of(model: torch.nn.Module, examples: Sequence[Example], pad_id: int) -> torch.Tensor:

@@ -21,12 +21,12 @@ from reference import curve, load
 
 from recipes import built_model, make_run, rows
 from tunesmith.adapter import peft_files
+from tunesmith.batches.batch import collate
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.batch import collate
-from tunesmith.data.text.example import Example
 from tunesmith.methods.base import TrainModel
 from tunesmith.optim.optimizer import Optimizer
-from tunesmith.training.run import train
+from tunesmith.start.run import train
+from tunesmith.tokens.text.example import Example
 
 pytestmark = pytest.mark.slow
 

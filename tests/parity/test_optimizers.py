@@ -14,7 +14,7 @@ from errors import refuses
 from recipes import make_run
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 from tunesmith.training.session import Session, write_identity
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import WORDS, make_run
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 TOLERANCE = 1e-5
 SEQ_LEN = 100

@@ -16,14 +16,14 @@ from tunesmith.config.load import from_mapping
 from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import Chip
-from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import read_spec
+from tunesmith.model.arch.shapes import SHAPES
+from tunesmith.model.arch.spec import read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster, read_cluster
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.planning.workload import measure_work
-from tunesmith.stages import plan as plan_stage
+from tunesmith.start import plan as plan_stage
 from tunesmith.units import Size
 
 FULL = {"adapter": {"kind": "none"}}

@@ -17,8 +17,8 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError
 from tunesmith.loss import chunk_size
-from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import ModelSpec, adapter_parameters, flops, read_spec
+from tunesmith.model.arch.shapes import SHAPES
+from tunesmith.model.arch.spec import ModelSpec, adapter_parameters, flops, read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Forecast, Planner, plan_on_paper
 from tunesmith.planning.machines import read_cluster

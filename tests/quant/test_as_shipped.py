@@ -42,9 +42,9 @@ from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.mxfp4 import decode_mxfp4, mxfp4_formula
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.known.dtypes import DTYPES
 from tunesmith.runtime.recompute import recompute_layers
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 IDS = torch.arange(5, 35).view(2, 15)
 RAGGED = (48, 40)
@@ -371,7 +371,7 @@ def test_mxfp4_is_read_bit_for_bit_and_trained_dense_in_full(
         base, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
     )
     # In pieces that are no whole expert.
-    monkeypatch.setattr("tunesmith.model.stored_tensors.MAX_READ_WEIGHTS", 64 * 40)
+    monkeypatch.setattr("tunesmith.model.weights.stored_tensors.MAX_READ_WEIGHTS", 64 * 40)
     ours = dict(built(base, tmp_path, "none", "bf16").model.named_parameters())
     compared = 0
     for name, weight in theirs.named_parameters():

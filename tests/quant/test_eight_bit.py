@@ -25,8 +25,8 @@ from tunesmith.formats.scaled_matmul import (
 )
 from tunesmith.planning import compare_eight_bit
 from tunesmith.quant.replace import convert_to_eight_bit
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
+from tunesmith.start.build import build
+from tunesmith.start.request import Request
 from tunesmith.training.session import Session, first_batches
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from tunesmith.formats.dense import dense_stack
 from tunesmith.formats.linear import FrozenTensors
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.model.experts import LORA_SUFFIX
-from tunesmith.model.tiny_model import VOCAB, build_tiny_model
+from tunesmith.model.layers.experts import LORA_SUFFIX
+from tunesmith.model.measuring.tiny_model import VOCAB, build_tiny_model
 from tunesmith.quant import expert_matmul, expert_rows, grouped_experts
 from tunesmith.quant.expert_rows import ExpertRows
 from tunesmith.quant.replace import replace_by_codes

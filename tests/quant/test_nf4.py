@@ -24,8 +24,8 @@ from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.formats.nf4 import MAX_FUSED_ROWS, Nf4, nf4_functions
 from tunesmith.formats.stack import ExpertStack
+from tunesmith.start.run import train
 from tunesmith.tools.export.merge import merge
-from tunesmith.training.run import train
 from tunesmith.units import Length
 
 pytest.importorskip("bitsandbytes")

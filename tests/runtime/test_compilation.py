@@ -16,14 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from devices import graphs_compiled
 from errors import holds, refuses
 from tunesmith.adapter import lora
+from tunesmith.batches.batch import Batch, collate
 from tunesmith.config.schema import Adapter
-from tunesmith.data.batches.batch import Batch, collate
-from tunesmith.data.text.example import Example
 from tunesmith.errors import MachineError
 from tunesmith.formats import fp8
 from tunesmith.loss import loss_and_grad
-from tunesmith.model import attention, fused
-from tunesmith.model.documents import Documents
+from tunesmith.model.layers import attention, fused
+from tunesmith.model.layers.documents import Documents
 from tunesmith.quant.replace import convert_to_eight_bit
 from tunesmith.runtime import compilation
 from tunesmith.runtime.compilation import (
@@ -33,6 +32,7 @@ from tunesmith.runtime.compilation import (
     select_compile,
 )
 from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.tokens.text.example import Example
 
 CPU = torch.device("cpu")
 

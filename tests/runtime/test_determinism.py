@@ -18,7 +18,7 @@ from tunesmith.errors import MachineError, RunError, StoppedError
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.metrics.record import StepRecord
 from tunesmith.runtime.determinism import WORKSPACE, deterministic_algorithms
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 
 def state() -> tuple[bool, ...]:

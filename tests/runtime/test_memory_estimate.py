@@ -15,17 +15,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
+from tunesmith.batches.batch import collate
 from tunesmith.build_model import build_model, count_trained, define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import PAIR_METHODS
-from tunesmith.data.batches.batch import collate
-from tunesmith.data.text.example import Example
-from tunesmith.model.documents import count_saved_probabilities
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.model_types import TUNED_SUPPORT
+from tunesmith.model.known.model_types import TUNED_SUPPORT
+from tunesmith.model.layers.documents import count_saved_probabilities
+from tunesmith.model.measuring.measured_spec import model_spec
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate
+from tunesmith.tokens.text.example import Example
 
 TOKENS = 1024
 # words: the peak is in the backward of a layer, or at the head, in four equal chunks

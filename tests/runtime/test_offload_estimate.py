@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from errors import refuses
+from tunesmith.batches.schedule import StepSize
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import MachineError, RecipeError
 from tunesmith.host.chips import CHIPS
-from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
+from tunesmith.model.arch.shapes import SHAPES
+from tunesmith.model.arch.spec import ModelSpec, adapter_parameters, read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import plan_on_paper
 from tunesmith.planning.machines import Cluster

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from errors import refuses
+from tunesmith.batches.schedule import StepSize
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
-from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import CHIPS
 from tunesmith.methods.base import MethodOutput
-from tunesmith.model.spec import read_spec
+from tunesmith.model.arch.spec import read_spec
 from tunesmith.planning.calibrate import calibrate_recompute
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from errors import refuses, warnings_with
+from tunesmith.batches.schedule import StepSize
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import EXIT_USAGE, MachineError
 from tunesmith.host.chips import Chip
 from tunesmith.host.memory import MemoryLimit
-from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.arch.shapes import SHAPES
+from tunesmith.model.arch.spec import ModelSpec, read_spec
 from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import USABLE_SHARE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tunesmith.data.batches.batch import Batch
+from tunesmith.batches.batch import Batch
 from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Snapshot
 
 gpu = [

@@ -17,9 +17,9 @@ import tunesmith
 from errors import refuses, warnings_with
 from logged import logged_lines
 from recipes import make_run
+from tunesmith.answers.load_run import load_run
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.inference.load_run import load_run
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = pytest.mark.slow
 

@@ -14,14 +14,14 @@ from invoke import invoke
 from logged import logged_lines
 from recipes import merge, recipe, rows
 from time_limit import time_limit
+from tunesmith.answers.scoring import process
+from tunesmith.answers.scoring.process import ScorerPool, ScorerProcess
+from tunesmith.answers.scoring.scorers import RewardedAnswer, ScoredRow, check_scorer_names
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import RunError, UsageError
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.scoring import process
-from tunesmith.scoring.process import ScorerPool, ScorerProcess
-from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow, check_scorer_names
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = pytest.mark.slow
 

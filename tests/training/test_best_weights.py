@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from errors import holds, lines_with, refuses
 from ranks import run_ranks
 from recipes import make_run, merge
+from tunesmith.answers.load_run import locate_run
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import export_sharded
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import StoppedError
-from tunesmith.inference.load_run import locate_run
 from tunesmith.run_dir import read_manifest
+from tunesmith.start.run import train
 from tunesmith.training import validation
 from tunesmith.training.result import Result
-from tunesmith.training.run import train
 from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = pytest.mark.slow

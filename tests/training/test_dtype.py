@@ -16,14 +16,14 @@ from tunesmith.config.schema import Model, Train
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import MachineError, RecipeError
 from tunesmith.host.chips import CHIPS, Chip
-from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import read_spec
+from tunesmith.model.arch.shapes import SHAPES
+from tunesmith.model.arch.spec import read_spec
 from tunesmith.planning.resolve import resolve_dtype
 from tunesmith.run_dir import RECIPE
 from tunesmith.runtime.device import chip_of
-from tunesmith.stages import plan as plan_stage
-from tunesmith.stages.plan import common_chip
-from tunesmith.training.run import train
+from tunesmith.start import plan as plan_stage
+from tunesmith.start.plan import common_chip
+from tunesmith.start.run import train
 
 SPEC = read_spec(SHAPES["llama3-8b"].config, where="test")  # 30 GiB in fp32
 GPU = CHIPS["h100"]

@@ -20,7 +20,7 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.errors import DataError, RecipeError, UsageError
 from tunesmith.host.logger import PACKAGE
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.training.make_recipe import make_recipe
+from tunesmith.start.make_recipe import make_recipe
 from tunesmith.training.program_rows import keep_rows
 
 pytestmark = pytest.mark.slow

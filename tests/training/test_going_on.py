@@ -17,12 +17,12 @@ from errors import refuses
 from recipes import make_run, merge
 from tunesmith.errors import DataError, ModelError, RecipeError, StoppedError
 from tunesmith.metrics.record import StepRecord, read_records
-from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.model.weights.safetensors_files import weights_digest
 from tunesmith.planning import micro_batch
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.run_plan import MemoryEstimate
+from tunesmith.start.run import train
 from tunesmith.training.result import Result
-from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 

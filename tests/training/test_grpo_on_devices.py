@@ -21,13 +21,13 @@ from conftest import write_tiny_llama
 from devices import cpu_and_gpu, graphs_compiled
 from recipes import make_run
 from shipped_bases import write_mxfp4_gpt_oss
-from tunesmith.inference import sampler
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.sampler import Prompt, SampledIds
+from tunesmith.answers import sampler
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.sampler import Prompt, SampledIds
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.slots import GROWTH, Slots
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
+from tunesmith.model.layers.slots import GROWTH, Slots
+from tunesmith.start.build import build
+from tunesmith.start.request import Request
 
 pytestmark = pytest.mark.slow
 

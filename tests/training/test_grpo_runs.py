@@ -20,15 +20,15 @@ from invoke import invoke
 from recipes import make_run, merge, recipe, rows
 from time_limit import time_limit
 from tunesmith import run_dir
-from tunesmith.data.batches.batch import Batch
+from tunesmith.batches.batch import Batch
 from tunesmith.errors import DataError, ModelError, StoppedError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.run_figures import explain_equal_rewards
-from tunesmith.reader.rollouts import read_groups, rollout_lines
+from tunesmith.presentation.rollouts import read_groups, rollout_lines
+from tunesmith.start.run import train
 from tunesmith.training import rollouts as rollouts_module
 from tunesmith.training import session
 from tunesmith.training.result import Result
-from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 

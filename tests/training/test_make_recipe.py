@@ -23,14 +23,14 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import schema_line
-from tunesmith.data.prepare import prepare_data
 from tunesmith.errors import CheckpointError, DataError, ModelError, RecipeError, StoppedError
 from tunesmith.hub import fetch
 from tunesmith.metrics.record import read_records
-from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.stages.draft import draft_recipe
-from tunesmith.training.make_recipe import default_learning_rate, make_recipe
-from tunesmith.training.run import train
+from tunesmith.model.arch.tokenizer import load_tokenizer
+from tunesmith.start.draft import draft_recipe
+from tunesmith.start.make_recipe import default_learning_rate, make_recipe
+from tunesmith.start.prepare import prepare_data
+from tunesmith.start.run import train
 
 Capture = pytest.CaptureFixture[str]
 PAIRS = [(f"What is number {i}?", f"Number {i} is {WORDS[i % 10]}.") for i in range(40)]

@@ -20,10 +20,10 @@ from tunesmith.host.memory import MemoryFigures
 from tunesmith.host.signals import LowMemory
 from tunesmith.methods.base import TrainModel
 from tunesmith.runtime.memory_guard import MemoryGuard
-from tunesmith.training import run as start
+from tunesmith.start import run as start
+from tunesmith.start.run import train
 from tunesmith.training import session
 from tunesmith.training.result import stopped_by
-from tunesmith.training.run import train
 from warm import run_warm
 
 GIB = 2**30

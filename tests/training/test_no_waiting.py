@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from devices import cpu_and_gpu, gpu
 from picture_runs import picture_run, write_mixed, write_vision_model
 from recipes import make_run, merge, write_rows
+from tunesmith.batches.loader import GlobalBatch
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
+from tunesmith.start.build import build
+from tunesmith.start.request import Request
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 

@@ -28,18 +28,18 @@ from picture_runs import (
     write_mixed,
     write_vision_model,
 )
+from tunesmith.answers.load_run import load_run
+from tunesmith.batches.pixels import PixelTask, make_pixels
 from tunesmith.config.load import load_recipe
-from tunesmith.data.batches.pixels import PixelTask, make_pixels
-from tunesmith.data.compare.splits import read_splits
-from tunesmith.data.rows.samples import pictures_of
-from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError, RunError, StoppedError
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.inference.load_run import load_run
 from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.rows.compare.splits import read_splits
+from tunesmith.rows.samples import pictures_of
+from tunesmith.start.run import train
+from tunesmith.tokens.token_set import TokenSet
+from tunesmith.tokens.tokenize import tokenize
 from tunesmith.training.result import Result
-from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]

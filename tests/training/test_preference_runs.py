@@ -17,9 +17,9 @@ import tunesmith
 from errors import refuses, warnings_with
 from recipes import make_run, write_feedback, write_pairs
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.methods.kto import KahnemanTverskyOptimization
+from tunesmith.methods.pairs import answer_logprobs
 from tunesmith.training import validation
 from tunesmith.training.result import Result
 from tunesmith.training.validation_loss import ValidationResult
@@ -257,7 +257,7 @@ def test_eval_says_how_many_pairs_are_in_order(tiny: Path, tmp_path: Path) -> No
     assert pairs.models["tuned"].mean >= pairs.models["base"].mean
 
 
-# ---- rows that cannot be learned from; single rows: tests/data/test_preference_rows.py ----
+# ---- rows that cannot be learned from; single rows: tests/rows/test_preference_rows.py ----
 
 PAIR = {"prompt": "Add 1 and 2.", "chosen": "3", "rejected": "It is three."}
 ANSWER = {"prompt": "Add 1 and 2.", "completion": "3", "label": True}

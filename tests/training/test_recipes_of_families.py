@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from runs import write_rows
 from shipped_bases import change_config, change_tensors, write_fp8_stacks
 from tunesmith.cli.main import main
-from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
+from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from stored_templates import template_names, tokenizer_of

@@ -23,7 +23,6 @@ from tunesmith.errors import StoppedEarlyError, StoppedError
 from tunesmith.host import signals
 from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
 from tunesmith.launch.job import Job
-from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import (
     RUNNING,
     STOP_FILE,
@@ -33,8 +32,9 @@ from tunesmith.run_dir import (
     Stopped,
     read_object,
 )
-from tunesmith.stages.tokens import TokenFacts
-from tunesmith.training.run import train
+from tunesmith.start.run import train
+from tunesmith.start.tokens import TokenFacts
+from tunesmith.tools.report.run_files import RunFiles
 from tunesmith.training.trainer import Trainer
 from tunesmith.training.validation import Validation
 from waiting import TIME, wait_for
@@ -197,7 +197,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
     [
         # Its errors are caught, whatever they are.
         ("transformers.AutoTokenizer.from_pretrained", "SIGTERM"),
-        ("tunesmith.data.tokens.encode.convert_row", "SIGUSR1"),
+        ("tunesmith.tokens.encode.convert_row", "SIGUSR1"),
         ("tunesmith.training.session.build_model", "SIGINT"),
         ("tunesmith.metrics.sink.JsonlSink.open", "SIGHUP"),
     ],
@@ -319,7 +319,7 @@ LOADED = "loaded"  # a file of the run directory that lets the load end
 
 
 def load_slowly() -> None:
-    from tunesmith.training import build as build_module
+    from tunesmith.start import build as build_module
 
     build = build_module.build_from_tokens
 

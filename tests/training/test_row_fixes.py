@@ -14,10 +14,10 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.layers import Overrides
 from tunesmith.config.load import load_recipe
 from tunesmith.config.row_settings import row_fix, rows_set_by
-from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
-from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import DataError
-from tunesmith.stages.draft import draft_recipe
+from tunesmith.rows.bad_rows import error_of_sources, find_bad_rows
+from tunesmith.rows.source.open_source import read_rows
+from tunesmith.start.draft import draft_recipe
 
 Settings = dict[str, Any]
 FORMAT = {"format": "prompt-completion"}

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from errors import refuses
 from recipes import make_run
 from shipped_bases import write_fp8, write_nvfp4
+from tunesmith.answers.load_run import load_run
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.formats.form import ROW
-from tunesmith.inference.load_run import load_run
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 pytestmark = pytest.mark.slow
 

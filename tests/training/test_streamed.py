@@ -18,12 +18,12 @@ import torch
 from conftest import write_tiny_llama
 from recipes import make_run, merge, write_pairs
 from shipped_bases import write_fp8, write_nvfp4, write_qwen3_moe
-from tunesmith.inference.load_run import load_run
+from tunesmith.answers.load_run import load_run
 from tunesmith.planning import memory, resolve
 from tunesmith.runtime.stream import StreamedLayer
-from tunesmith.stages import plan as plan_stage
+from tunesmith.start import plan as plan_stage
+from tunesmith.start.run import train
 from tunesmith.training.result import Result
-from tunesmith.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

@@ -21,11 +21,11 @@ from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.runtime import transfer
-from tunesmith.stages.request import Request
+from tunesmith.start.build import build
+from tunesmith.start.request import Request
+from tunesmith.start.run import train
 from tunesmith.training import validation
-from tunesmith.training.build import build
 from tunesmith.training.result import Result
-from tunesmith.training.run import train
 from tunesmith.training.run_sinks import sinks_of
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer

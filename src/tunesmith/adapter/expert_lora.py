@@ -17,7 +17,7 @@ from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
-from tunesmith.model.experts import LORA_SUFFIX, Experts, find_experts
+from tunesmith.model.layers.experts import LORA_SUFFIX, Experts, find_experts
 from tunesmith.quant.llama4_experts import Llama4Experts
 
 EXPERTS_TARGET = "experts"  # target that selects both stacks of every layer

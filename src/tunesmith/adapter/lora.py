@@ -33,11 +33,11 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.formats.linear import FrozenLinear, FrozenTensors, has_codes
 from tunesmith.formats.matmul import grouped_matmul
-from tunesmith.model.decoder import find_projector, is_in_text, trained_projector
-from tunesmith.model.experts import Experts, find_experts
-from tunesmith.model.names import name_in_text
-from tunesmith.model.random_init import seed_of
-from tunesmith.model.weights import copy_full_tensor
+from tunesmith.model.known.decoder import find_projector, is_in_text, trained_projector
+from tunesmith.model.layers.experts import Experts, find_experts
+from tunesmith.model.weights.names import name_in_text
+from tunesmith.model.weights.random_init import seed_of
+from tunesmith.model.weights.weights import copy_full_tensor
 from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import (
     BypassedLinear,

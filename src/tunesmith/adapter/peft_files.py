@@ -29,22 +29,26 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats.stored import StoredTensor
 from tunesmith.host.files import check_regular_files
-from tunesmith.model.decoder import find_projector, has_vision_language_class, trained_projector
-from tunesmith.model.experts import find_experts
-from tunesmith.model.names import (
+from tunesmith.model.known.decoder import (
+    find_projector,
+    has_vision_language_class,
+    trained_projector,
+)
+from tunesmith.model.layers.experts import find_experts
+from tunesmith.model.weights.names import (
     entire_model,
     is_vision_language,
     name_in_entire_model,
     name_in_text,
 )
-from tunesmith.model.safetensors_files import (
+from tunesmith.model.weights.safetensors_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     read_header,
     read_json,
 )
-from tunesmith.model.save_tensors import save_tensors
-from tunesmith.model.stored_tensors import name_tensors, stored_tensors
+from tunesmith.model.weights.save_tensors import save_tensors
+from tunesmith.model.weights.stored_tensors import name_tensors, stored_tensors
 
 PREFIX = "base_model.model."
 MERGE = "merge it into its base with PEFT, and start from the merged model"

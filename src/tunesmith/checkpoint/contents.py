@@ -17,17 +17,17 @@ from tunesmith.adapter import peft_files
 from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
 from tunesmith.checkpoint.writer import SaveFunction
 from tunesmith.config.schema import Run
-from tunesmith.data.text.template import Template
 from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.formats.stored import StoredTensor
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.older_readers import write_for_older_readers
-from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
-from tunesmith.model.stored_form import PROCESSORS, in_stored_form, write_model_config
-from tunesmith.model.stored_tensors import stored_tensors
-from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
+from tunesmith.model.arch.tokenizer import GENERATION_CONFIG, generation_config_text
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.weights.older_readers import write_for_older_readers
+from tunesmith.model.weights.save_tensors import gathered, save_sharded, save_tensors
+from tunesmith.model.weights.stored_form import PROCESSORS, in_stored_form, write_model_config
+from tunesmith.model.weights.stored_tensors import stored_tensors
 from tunesmith.runtime.transfer import Snapshot
+from tunesmith.tokens.text.template import Template
 
 TokenizerFiles = Mapping[str, bytes]  # path in the checkpoint -> content of the file
 OptimizerState = Mapping[str, Tensor]

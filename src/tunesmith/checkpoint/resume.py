@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tunesmith.batches.schedule import BatchSchedule
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
 from tunesmith.checkpoint.manifest import last_step_of
 from tunesmith.checkpoint.replicate import copies_in, copy_files, copy_folder, newest_checkpoint
@@ -16,7 +17,6 @@ from tunesmith.checkpoint.start_adapter import folder_in_run
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run, Train
-from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import (
     CheckpointError,

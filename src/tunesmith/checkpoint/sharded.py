@@ -62,11 +62,11 @@ from tunesmith.errors import (
 from tunesmith.host.memory import available_memory
 from tunesmith.hub.fetch import fetch
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import load
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.older_readers import write_for_older_readers
-from tunesmith.model.save_tensors import save_sharded
-from tunesmith.model.stored_form import in_stored_form, is_stored_otherwise
+from tunesmith.model.arch import load
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.weights.older_readers import write_for_older_readers
+from tunesmith.model.weights.save_tensors import save_sharded
+from tunesmith.model.weights.stored_form import in_stored_form, is_stored_otherwise
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.runtime.device import is_integrated
 

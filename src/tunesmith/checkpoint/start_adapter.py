@@ -9,7 +9,7 @@ from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
-from tunesmith.model.safetensors_files import (
+from tunesmith.model.weights.safetensors_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     ENDS_AND_MIDDLE,

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
                 where="--rollouts",
                 fix="tunesmith data --rollouts RUN STEP",
             )
-        from tunesmith.reader.rollouts import rollout_lines
+        from tunesmith.presentation.rollouts import rollout_lines
 
         folder, step = args.rollouts
         show("\n".join(rollout_lines(Path(folder), step)), sys.stdout)

@@ -18,9 +18,9 @@ from tunesmith.cli.recipe_options import add_overrides
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Source
 from tunesmith.config.shipped import shipped
-from tunesmith.data.source.open_source import is_local
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
+from tunesmith.rows.source.open_source import is_local
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

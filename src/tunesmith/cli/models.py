@@ -28,8 +28,8 @@ from typing import Any
 from tunesmith.cli.options import add_json, print_columns
 from tunesmith.host import demo_model
 from tunesmith.host.streams import show, visible
-from tunesmith.model.gguf_writers import describe_gguf_export
-from tunesmith.model.model_types import (
+from tunesmith.model.known.gguf_writers import describe_gguf_export
+from tunesmith.model.known.model_types import (
     ModelType,
     find_model_type,
     measured_with,
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{demo_model.DEMO_NAME} is {demo_model.DEMO_DESCRIPTION}", file=sys.stderr)
         args.name = demo_model.MODEL_TYPE
     if "/" in args.name or Path(args.name).is_dir():
-        from tunesmith.model.measure_folder import measure_folder
+        from tunesmith.model.measuring.measure_folder import measure_folder
 
         entry = measure_folder(Path(args.name))
     else:

@@ -22,7 +22,7 @@ from tunesmith.units import format_seconds
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from tunesmith.inference.load_run import RunLocation
+    from tunesmith.answers.load_run import RunLocation
 
 # Seconds between two progress lines if stderr is not a terminal.
 SECONDS_BETWEEN_LINES = 10.0

@@ -14,15 +14,15 @@ from tunesmith.cli.options import add_columns, add_trust
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.row_formats import FORMAT_COLUMNS
-from tunesmith.data.source.folders import check_local
-from tunesmith.data.source.open_source import is_local
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.host.signals import loading_libraries
+from tunesmith.rows.source.folders import check_local
+from tunesmith.rows.source.open_source import is_local
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
-    from tunesmith.training.make_recipe import NewRecipe
+    from tunesmith.start.make_recipe import NewRecipe
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def chosen_recipe(
     if is_local(args.data[0]) and not names_config:
         check_local(Path(args.data[0]).expanduser().absolute())
     with loading_libraries():
-        from tunesmith.stages.draft import draft_recipe
+        from tunesmith.start.draft import draft_recipe
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
     words += [
@@ -168,7 +168,7 @@ def chosen_recipe(
         log.info(line)
     on_draft(draft.run)
     with loading_libraries():
-        from tunesmith.training.make_recipe import make_recipe
+        from tunesmith.start.make_recipe import make_recipe
 
     recipe = make_recipe(
         args.model,

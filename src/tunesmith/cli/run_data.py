@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.text import Text
 
 from tunesmith.config.schema import Run
-from tunesmith.data.compare.row_checks import ROW_FAULTS, place
-from tunesmith.data.compare.splits import Splits
-from tunesmith.data.prepare import TrainingData
-from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.host.streams import show, visible, width_of
 from tunesmith.presentation.data import data_lines, data_warnings, histogram, reward_lines
-from tunesmith.stages.inputs import read_inputs
-from tunesmith.stages.model import ModelFacts
-from tunesmith.stages.request import Request
-from tunesmith.stages.rewards import own_rewards
+from tunesmith.rows.compare.row_checks import ROW_FAULTS, place
+from tunesmith.rows.compare.splits import Splits
+from tunesmith.start.inputs import read_inputs
+from tunesmith.start.model import ModelFacts
+from tunesmith.start.prepare import TrainingData
+from tunesmith.start.request import Request
+from tunesmith.start.rewards import own_rewards
+from tunesmith.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.units import count_of
 
 # Maximum number of row locations in each list of findings in the JSON output.

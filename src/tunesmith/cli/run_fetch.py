@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import constants
 from rich.filesize import decimal as size_text
 
+from tunesmith.answers.load_run import select_device
 from tunesmith.config.schema import Model, Source
-from tunesmith.data.source.open_source import read_rows
 from tunesmith.hub import fetch
-from tunesmith.inference.load_run import select_device
+from tunesmith.rows.source.open_source import read_rows
 from tunesmith.units import count_of
 
 

@@ -32,11 +32,11 @@ from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest, loading_l
 from tunesmith.host.streams import show, survive_write_errors
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.presentation.summary import closing_summary
-from tunesmith.stages.scorer_names import check_scorers
+from tunesmith.start.scorer_names import check_scorers
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
-    from tunesmith.training.make_recipe import NewRecipe
+    from tunesmith.start.make_recipe import NewRecipe
     from tunesmith.training.result import Result
 
 LOADS_TORCH = "here"
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
             if early.requested():
                 raise early.not_begun()
             with loading_libraries():
-                from tunesmith.training.run import StartOptions, train_run
+                from tunesmith.start.run import StartOptions, train_run
 
         options = StartOptions(fresh=args.fresh, why=args.why, argv=sys.argv)
         if new_recipe is not None:

@@ -1,7 +1,7 @@
 """Table of the row formats: their required and optional columns, and the names of these columns in
 data files.
 
-To add a format, add an entry to `ROW_FORMATS` and a reader to data/rows/formats.py. The schema, the
+To add a format, add an entry to `ROW_FORMATS` and a reader to rows/formats.py. The schema, the
 format detection, the templates and the commands are derived from this table.
 """
 
@@ -19,7 +19,7 @@ FormatName = Literal[
     "prompt",
 ]
 
-# Column names after the normalization of `data/rows/detect.py`: lower case, no accents, words
+# Column names after the normalization of `rows/detect.py`: lower case, no accents, words
 # joined by underscores.
 _QUESTION_NAMES = tuple(
     "prompt question query input problem user human q user_message user_input frage pregunta"
@@ -212,7 +212,7 @@ FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
 READ_BY_ANY_NAME = ("system", "tools", "images")
 
 # Role of a turn in the data -> role of the message. `call` means that the turn is a message of the
-# assistant, and its entire content is a tool call. `_role_by_channel` of data/rows/messages.py has
+# assistant, and its entire content is a tool call. `_role_by_channel` of rows/messages.py has
 # two more roles of this kind: `thought` and `recipient`.
 CHAT_ROLES = {
     word: role

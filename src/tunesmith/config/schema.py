@@ -44,7 +44,7 @@ Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
 # examples.
 MIN_KTO_BATCH = 4
 # Names of the problems of rows, which are the values of `data.leave_out`.
-# data/compare/row_checks.py finds rows with these problems.
+# rows/compare/row_checks.py finds rows with these problems.
 RowFault = Literal["near-duplicates", "contradictions"]
 MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo", "grpo"]
 

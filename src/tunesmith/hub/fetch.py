@@ -35,8 +35,11 @@ from tunesmith.host.files import (
 )
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, repo_page, unknown_model_name
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.safetensors_files import (
+from tunesmith.model.arch.shapes import config_of_model
+from tunesmith.model.arch.spec import ModelSpec, check_seq_len, check_supported
+from tunesmith.model.arch.text_config import read_configs
+from tunesmith.model.measuring.measured_spec import model_spec
+from tunesmith.model.weights.safetensors_files import (
     INDEX,
     MODELOPT_CONFIG,
     SINGLE,
@@ -45,10 +48,7 @@ from tunesmith.model.safetensors_files import (
     read_json,
     weight_files,
 )
-from tunesmith.model.shapes import config_of_model
-from tunesmith.model.shipped_entries import read_entries
-from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
-from tunesmith.model.text_config import read_configs
+from tunesmith.model.weights.shipped_entries import read_entries
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     # If the model type is not in tunesmith's table of architectures, run Transformers' model code
     # to measure whether the model can be trained. The measurement needs no weights.
     if spec.measured:
-        from tunesmith.model.support import find_support
+        from tunesmith.model.measuring.support import find_support
 
         text, full_config = read_configs(config, where)
         find_support(text, model, where=where, full_config=full_config)

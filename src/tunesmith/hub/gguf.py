@@ -19,7 +19,7 @@ from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, cached_once, follow_umask
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.packages import require
-from tunesmith.model.safetensors_files import SINGLE, unreadable_file
+from tunesmith.model.weights.safetensors_files import SINGLE, unreadable_file
 
 log = logging.getLogger(__name__)
 

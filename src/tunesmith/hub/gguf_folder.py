@@ -23,9 +23,9 @@ from transformers.utils import logging as hf_logging
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.host.shell import shell_path
 from tunesmith.hub.gguf_tokenizer import read_file_tokenizer, split_text, unknown_tokenizer
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.safetensors_files import SINGLE
-from tunesmith.model.spec import one_line
+from tunesmith.model.arch.spec import one_line
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.weights.safetensors_files import SINGLE
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
 from tunesmith.host import demo_model
 from tunesmith.host.shell import shell_word
-from tunesmith.model.shapes import SHAPE_OF_MODEL
+from tunesmith.model.arch.shapes import SHAPE_OF_MODEL
 
 DISK_FIX = (
     "free disk space (`hf cache ls` shows the models), or move the Hub cache to another "

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 from tunesmith.config.schema import Model, Run
 from tunesmith.host.signals import loading_libraries
 from tunesmith.hub.fetch import tokenizer_folder
-from tunesmith.model.config_facts import check_config
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.model_types import Support
-from tunesmith.model.safetensors_files import has_weights
-from tunesmith.model.shipped import ShippedForm, resolve_quantize, shipped_form
-from tunesmith.model.shipped_entries import read_entries
-from tunesmith.model.spec import ModelSpec, stated_position_limit
-from tunesmith.model.text_config import has_own_class
-from tunesmith.model.tokenizer import load_original_tokenizer, vocab_rows
+from tunesmith.model.arch.config_facts import check_config
+from tunesmith.model.arch.spec import ModelSpec, stated_position_limit
+from tunesmith.model.arch.text_config import has_own_class
+from tunesmith.model.arch.tokenizer import load_original_tokenizer, vocab_rows
+from tunesmith.model.known.model_types import Support
+from tunesmith.model.measuring.measured_spec import model_spec
+from tunesmith.model.weights.safetensors_files import has_weights
+from tunesmith.model.weights.shipped import ShippedForm, resolve_quantize, shipped_form
+from tunesmith.model.weights.shipped_entries import read_entries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from tunesmith.data.text.placeholders import PictureProcessor
+    from tunesmith.tokens.text.placeholders import PictureProcessor
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def read_picture_processor(
     if not run.model.vision:
         return None
     # Import here, because these modules load torch.
-    from tunesmith.data.text.placeholders import PictureProcessor
-    from tunesmith.model.load import load_configs
+    from tunesmith.model.arch.load import load_configs
+    from tunesmith.tokens.text.placeholders import PictureProcessor
 
     _, full_config = load_configs(folder, run.model)
     assert full_config is not None, "load_configs raises an error for a text model"
@@ -93,8 +93,8 @@ def read_model_files(
     Raise ModelError if the files are damaged, or if the model is not supported.
     """
     with loading_libraries():
-        from tunesmith.model.load import load_configs  # imports torch
-        from tunesmith.model.support import find_support
+        from tunesmith.model.arch.load import load_configs  # imports torch
+        from tunesmith.model.measuring.support import find_support
 
     where = f"{folder}/config.json"
     stated = check_config(folder, model)
@@ -117,8 +117,8 @@ def read_model_files(
     pictures = None
     if full_config is not None and model.vision:
         # Import here, because these modules load image libraries.
-        from tunesmith.data.text.placeholders import PictureProcessor
         from tunesmith.hub.picture_support import add_vision, find_picture_support
+        from tunesmith.tokens.text.placeholders import PictureProcessor
 
         pictures = PictureProcessor.load(folder, tokenizer, full_config, image_max_pixels)
         support = find_picture_support(full_config, pictures, tokenizer, where=where)

@@ -9,21 +9,21 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from tunesmith.batches.batch import collate
 from tunesmith.config.schema import Model
-from tunesmith.data.batches.batch import collate
-from tunesmith.data.text.example import Example, Pixels
-from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.errors import ModelError, errors_at, first_line
 from tunesmith.host.files import measure_once
-from tunesmith.model.decoder import find_projector, vision_parameters
-from tunesmith.model.load import build_on_meta
-from tunesmith.model.measured_spec import without_labels
-from tunesmith.model.model_types import Support
-from tunesmith.model.picture_flops import count_picture_flops
-from tunesmith.model.spec import ModelSpec
-from tunesmith.model.support import FIRST_ID
-from tunesmith.model.tiny_model import FIRST_SPECIAL_ID, PICTURE_ID
-from tunesmith.model.vision_support import PictureRow, measure_pictures
+from tunesmith.model.arch.load import build_on_meta
+from tunesmith.model.arch.spec import ModelSpec
+from tunesmith.model.known.decoder import find_projector, vision_parameters
+from tunesmith.model.known.model_types import Support
+from tunesmith.model.measuring.measured_spec import without_labels
+from tunesmith.model.measuring.picture_flops import count_picture_flops
+from tunesmith.model.measuring.support import FIRST_ID
+from tunesmith.model.measuring.tiny_model import FIRST_SPECIAL_ID, PICTURE_ID
+from tunesmith.model.measuring.vision_support import PictureRow, measure_pictures
+from tunesmith.tokens.text.example import Example, Pixels
+from tunesmith.tokens.text.placeholders import PictureProcessor
 
 log = logging.getLogger(__name__)
 

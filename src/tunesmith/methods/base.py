@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.batches.batch import IGNORE, Batch
+from tunesmith.batches.loader import GlobalBatch
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batches.batch import IGNORE, Batch
-from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.vocab_parallel import compute_with_head
 from tunesmith.errors import ModelError, RunError
 from tunesmith.loss import (
@@ -28,20 +28,20 @@ from tunesmith.loss import (
     token_cross_entropy,
     token_logprobs,
 )
-from tunesmith.model import attention
-from tunesmith.model.chunked import prepare_chunked_attention
-from tunesmith.model.decoder import find_decoder, find_head, find_layers, trained_projector
-from tunesmith.model.documents import (
+from tunesmith.model.known.decoder import find_decoder, find_head, find_layers, trained_projector
+from tunesmith.model.known.model_types import BidirectionalPictures
+from tunesmith.model.layers import attention
+from tunesmith.model.layers.chunked import prepare_chunked_attention
+from tunesmith.model.layers.documents import (
     Documents,
     RepeatedTokens,
     current_documents,
     use_documents,
 )
-from tunesmith.model.model_types import BidirectionalPictures
-from tunesmith.model.packed_attention import spans_if_chosen
-from tunesmith.model.recurrent import run_by_document
-from tunesmith.model.slots import Slots
-from tunesmith.model.vision import (
+from tunesmith.model.layers.packed_attention import spans_if_chosen
+from tunesmith.model.layers.recurrent import run_by_document
+from tunesmith.model.layers.slots import Slots
+from tunesmith.model.layers.vision import (
     add_features_by_place,
     add_zero_gradients,
     picture_features,

@@ -10,16 +10,16 @@ arXiv:2305.10425. robust: Chowdhury et al. 2024, arXiv:2403.00409.
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.batches.batch import Batch
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batches.batch import Batch
-from tunesmith.methods.answers import (
+from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
+from tunesmith.methods.pairs import (
     PAIR_METRICS,
     answer_logprobs,
     pair_metrics,
     reference_logprobs,
     split_pairs,
 )
-from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 
 def _losses(margin: Tensor, config: MethodConfig) -> Tensor:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.batches.batch import Batch
+from tunesmith.batches.loader import GlobalBatch
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batches.batch import Batch
-from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.errors import RunError
 from tunesmith.methods.base import (
     Method,

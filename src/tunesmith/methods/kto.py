@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.batches.batch import Batch
-from tunesmith.methods.answers import answer_logprobs, reference_logprobs
+from tunesmith.batches.batch import Batch
 from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
+from tunesmith.methods.pairs import answer_logprobs, reference_logprobs
 
 KL = "kl"
 GOOD_SHARE = "good_share"

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.batches.batch import Batch
-from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
+from tunesmith.batches.batch import Batch
 from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
+from tunesmith.methods.pairs import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
 
 
 class OddsRatioPreferenceOptimization(MeanOverExamples):

@@ -1,7 +1,7 @@
 """Supervised fine-tuning (SFT): cross-entropy of the next token at all labeled positions."""
 
-from tunesmith.data.batches.batch import Batch
-from tunesmith.data.batches.loader import GlobalBatch
+from tunesmith.batches.batch import Batch
+from tunesmith.batches.loader import GlobalBatch
 from tunesmith.methods.base import (
     Method,
     MethodOutput,

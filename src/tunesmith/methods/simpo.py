@@ -7,9 +7,9 @@ The means are over the tokens of an answer. The method needs no reference model.
 
 import torch.nn.functional as F
 
-from tunesmith.data.batches.batch import Batch
-from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
+from tunesmith.batches.batch import Batch
 from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
+from tunesmith.methods.pairs import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
 
 
 class SimplePreferenceOptimization(MeanOverExamples):

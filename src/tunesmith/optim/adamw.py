@@ -26,7 +26,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import MachineError, RecipeError, first_line
 from tunesmith.host import packages
-from tunesmith.model.documents import copy_to_device
+from tunesmith.model.layers.documents import copy_to_device
 from tunesmith.units import ceil_div
 
 HALF = (torch.bfloat16, torch.float16)

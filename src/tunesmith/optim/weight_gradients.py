@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.distributed.torch_private import SavingContext
-from tunesmith.model.fused import add_mixin
+from tunesmith.model.layers.fused import add_mixin
 from tunesmith.optim.adamw import HALF
 from tunesmith.quant.linear_layers import BypassedLinear
 

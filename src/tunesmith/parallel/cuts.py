@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.formats.linear import FrozenLinear
-from tunesmith.model.decoder import find_decoder
-from tunesmith.model.fused import FusedNorm
+from tunesmith.model.known.decoder import find_decoder
+from tunesmith.model.layers.fused import FusedNorm
 from tunesmith.quant.linear_layers import is_plain_linear
 
 TENSOR_KEY = "parallel.tensor"

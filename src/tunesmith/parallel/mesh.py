@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import COLLECTIVE_TIMEOUT
 from tunesmith.errors import RecipeError
-from tunesmith.model.model_types import read_model_types
-from tunesmith.model.spec import ModelSpec
+from tunesmith.model.arch.spec import ModelSpec
+from tunesmith.model.known.model_types import read_model_types
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, possible_shapes
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import count_of

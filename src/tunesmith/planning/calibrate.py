@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from tunesmith.data.batches.batch import Batch
+from tunesmith.batches.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError
 from tunesmith.methods.base import TrainModel

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.adapter import lora
-from tunesmith.data.batches.batch import Batch
+from tunesmith.batches.batch import Batch
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.torch_private import collective

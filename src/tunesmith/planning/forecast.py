@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Run
-from tunesmith.model.spec import ModelSpec
+from tunesmith.model.arch.spec import ModelSpec
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings

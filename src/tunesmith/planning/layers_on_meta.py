@@ -12,12 +12,12 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.config.schema import Adapter, Model, StatedDtype
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_layers, find_text_model
-from tunesmith.model.fused import fuse_modules
-from tunesmith.model.measure_on_meta import build_to_measure
-from tunesmith.model.meta_forward import MEASURED_TOKENS, run_on_meta
-from tunesmith.model.support import find_support
-from tunesmith.model.text_config import experts_per_token, read_configs
+from tunesmith.model.arch.text_config import experts_per_token, read_configs
+from tunesmith.model.known.decoder import find_layers, find_text_model
+from tunesmith.model.layers.fused import fuse_modules
+from tunesmith.model.measuring.measure_on_meta import build_to_measure
+from tunesmith.model.measuring.meta_forward import MEASURED_TOKENS, run_on_meta
+from tunesmith.model.measuring.support import find_support
 from tunesmith.planning.run_plan import SavedActivations
 from tunesmith.quant.linear_layers import set_bypassed
 

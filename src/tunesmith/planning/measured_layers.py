@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 from tunesmith.config.schema import Adapter, StatedDtype
 from tunesmith.host.files import measure_once
-from tunesmith.model.spec import ModelSpec, adapter_parameters
+from tunesmith.model.arch.spec import ModelSpec, adapter_parameters
 from tunesmith.planning.run_plan import SavedActivations
 
 # Version of the cached files. Increase it after a change of the modules that tunesmith fuses or

@@ -18,10 +18,10 @@ import torch
 from tunesmith.config.schema import Run
 from tunesmith.formats.base import DENSE_BYTES
 from tunesmith.loss import chunk_size
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.slots import ANSWERS_AT_ONCE, answers_at_once
-from tunesmith.model.spec import Layer, ModelSpec
+from tunesmith.model.arch.spec import Layer, ModelSpec
+from tunesmith.model.known.architectures import ARCHITECTURES
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.layers.slots import ANSWERS_AT_ONCE, answers_at_once
 from tunesmith.optim.adamw import HALF, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, MAX_GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp

@@ -9,9 +9,9 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+from tunesmith.batches.schedule import StepSize
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.schedule import StepSize
-from tunesmith.model.spec import ModelSpec
+from tunesmith.model.arch.spec import ModelSpec
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout

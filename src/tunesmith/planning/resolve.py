@@ -20,11 +20,11 @@ from tunesmith.host.chips import Chip
 from tunesmith.host.memory import NO_LIMIT
 from tunesmith.hub.fetch import fetch_for_tokens
 from tunesmith.loss import card_bytes
-from tunesmith.model import attention
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.shipped import KEEPABLE, resolve_quantize
-from tunesmith.model.spec import ModelSpec
-from tunesmith.model.stored_form import bytes_of_other_parts
+from tunesmith.model.arch.spec import ModelSpec
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.layers import attention
+from tunesmith.model.weights.shipped import KEEPABLE, resolve_quantize
+from tunesmith.model.weights.stored_form import bytes_of_other_parts
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator, moved_to_host

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from tunesmith.config.schema import PAIR_METHODS, Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import NO_LIMIT, MemoryLimit
-from tunesmith.model.model_types import Support
-from tunesmith.model.shipped import check_frozen
-from tunesmith.model.spec import ModelSpec, check_seq_len
+from tunesmith.model.arch.spec import ModelSpec, check_seq_len
+from tunesmith.model.known.model_types import Support
+from tunesmith.model.weights.shipped import check_frozen
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.units import Size, ceil_div
 

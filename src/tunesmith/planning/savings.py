@@ -6,12 +6,12 @@ from tunesmith.config.check import find_problems
 from tunesmith.config.dump import differences, yaml_value
 from tunesmith.config.schema import Run
 from tunesmith.config.yaml_file import RecipeLayer
-from tunesmith.data.tokens.tokenize import too_long_of
 from tunesmith.errors import MachineError, RecipeError
 from tunesmith.host.shell import shell_word
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host
 from tunesmith.planning.run_plan import Machine, Overrun, RunPlan
+from tunesmith.tokens.tokenize import too_long_of
 
 # Maximum fraction of the memory that a plan may need. A plan that needs more is rejected. The
 # estimate of weights, gradients and moments is exact. The estimate of activations was 1.5 % too

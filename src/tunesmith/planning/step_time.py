@@ -29,8 +29,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
-from tunesmith.model.slots import answers_at_once
-from tunesmith.model.spec import Layer, ModelSpec
+from tunesmith.model.arch.spec import Layer, ModelSpec
+from tunesmith.model.layers.slots import answers_at_once
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_expert_adapter
 from tunesmith.planning.memory import MemoryEstimator

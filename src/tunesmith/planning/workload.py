@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tunesmith.batches.schedule import BatchSchedule, StepSize
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.schedule import BatchSchedule, StepSize
-from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.model.documents import count_saved_probabilities
-from tunesmith.model.spec import ModelSpec, flops
+from tunesmith.model.arch.spec import ModelSpec, flops
+from tunesmith.model.layers.documents import count_saved_probabilities
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.measured_layers import count_active_adapter
+from tunesmith.tokens.token_set import TokenSet
 from tunesmith.units import ceil_div
 
 

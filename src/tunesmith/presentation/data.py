@@ -12,30 +12,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tunesmith.config.schema import FEW_STEPS, Train
-from tunesmith.data.compare.row_checks import place
-from tunesmith.data.compare.splits import SourceRows, Splits
-from tunesmith.data.rows.columns import plain
-from tunesmith.data.rows.formats import SPLIT_COLUMNS
-from tunesmith.data.source.open_source import is_local
-from tunesmith.data.source.table import Rows
-from tunesmith.data.text import builtin_templates
-from tunesmith.data.text.row_warnings import ROW_WARNINGS
-from tunesmith.data.text.template import Template, title_of
-from tunesmith.data.text.template_args import split_arguments
-from tunesmith.data.tokens.contract import Contract
-from tunesmith.data.tokens.token_set import RowsByName, SourceTokens, TokenSet
 from tunesmith.host.demo_model import DEMO_DESCRIPTION
 from tunesmith.host.files import relative_to_cwd
+from tunesmith.rows.columns import plain
+from tunesmith.rows.compare.row_checks import place
+from tunesmith.rows.compare.splits import SourceRows, Splits
+from tunesmith.rows.formats import SPLIT_COLUMNS
+from tunesmith.rows.source.open_source import is_local
+from tunesmith.rows.source.table import Rows
 from tunesmith.run_dir import HELD_OUT
+from tunesmith.tokens.contract import Contract
+from tunesmith.tokens.text import builtin_templates
+from tunesmith.tokens.text.row_warnings import ROW_WARNINGS
+from tunesmith.tokens.text.template import Template, title_of
+from tunesmith.tokens.text.template_args import split_arguments
+from tunesmith.tokens.token_set import RowsByName, SourceTokens, TokenSet
 from tunesmith.units import ceil_div, count_of
 
 if TYPE_CHECKING:
     # Import only for type checks: it imports Transformers, which is slow and which a plan does not
     # need.
     from tunesmith.checkpoint.resume import Resumed
-    from tunesmith.data.prepare import TrainingData
-    from tunesmith.stages.draft import Draft
-    from tunesmith.stages.rewards import OwnRewards
+    from tunesmith.start.draft import Draft
+    from tunesmith.start.prepare import TrainingData
+    from tunesmith.start.rewards import OwnRewards
 
 # Maximum fraction of a source's tokens that can be lost without a warning. Tokens are lost if rows
 # are truncated or dropped.

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Run
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.gguf_writers import describe_gguf_export
-from tunesmith.model.shipped import AS_SHIPPED
-from tunesmith.model.slots import answers_at_once
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.known.gguf_writers import describe_gguf_export
+from tunesmith.model.layers.slots import answers_at_once
+from tunesmith.model.weights.shipped import AS_SHIPPED
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.planning.run_plan import (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tunesmith.model.experts import Experts, find_experts
+from tunesmith.model.layers.experts import Experts, find_experts
 from tunesmith.quant.expert_matmul import expert_matmul
 from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.model.decoder import is_in_text
-from tunesmith.model.fused import add_mixin
-from tunesmith.model.weights import Hook
+from tunesmith.model.known.decoder import is_in_text
+from tunesmith.model.layers.fused import add_mixin
+from tunesmith.model.weights.weights import Hook
 
 
 def load_hooks(model: nn.Module) -> dict[str, Hook]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tunesmith.model.experts import Experts
+from tunesmith.model.layers.experts import Experts
 from tunesmith.quant.experts import experts_forward
 
 # Name of the class that `Llama4Moe` replaces. The name is compared because importing the class is

@@ -14,9 +14,9 @@ from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.model.experts import find_experts
-from tunesmith.model.names import names_on_disk
-from tunesmith.model.shipped import AS_SHIPPED
+from tunesmith.model.layers.experts import find_experts
+from tunesmith.model.weights.names import names_on_disk
+from tunesmith.model.weights.shipped import AS_SHIPPED
 from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import linear_names
 

@@ -4,7 +4,7 @@ A scheme contains the bytes per weight of the frozen base, the costs of a micro 
 requirements for the machine, and how the layers of a model on the meta device are replaced. Plans,
 checks and the code that builds a model use these attributes instead of comparing values of
 `model.quantize`. Two modules still compare values: `config/check.py`, because its rules refer to
-the values by name, and `model/load.py`, which reads checkpoints that are already nf4.
+the values by name, and `model/arch/load.py`, which reads checkpoints that are already nf4.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tunesmith.model.shipped import AS_SHIPPED
+from tunesmith.model.weights.shipped import AS_SHIPPED
 
 if TYPE_CHECKING:
     import torch

@@ -34,8 +34,8 @@ from tunesmith.host.files import cache_folder
 from tunesmith.host.packages import source_digest
 from tunesmith.host.shell import shell_path
 from tunesmith.loss import LossAndGradFn
-from tunesmith.model.documents import Documents, current_documents
-from tunesmith.model.fused import add_mixin
+from tunesmith.model.layers.documents import Documents, current_documents
+from tunesmith.model.layers.fused import add_mixin
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Environment variables with the path of Triton's assembler. Triton 3.6 and later read the second

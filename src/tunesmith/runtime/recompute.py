@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.model.fused import add_mixin
+from tunesmith.model.layers.fused import add_mixin
 
 
 def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:

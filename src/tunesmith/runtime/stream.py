@@ -32,7 +32,7 @@ from rich.filesize import decimal as size_text
 from torch import Tensor, nn
 
 from tunesmith.errors import MachineError
-from tunesmith.model.fused import add_mixin
+from tunesmith.model.layers.fused import add_mixin
 from tunesmith.runtime.transfer import Mark
 from tunesmith.units import ceil_div
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tunesmith.data.batches.batch import Batch
+from tunesmith.batches.batch import Batch
 
 
 class Mark:

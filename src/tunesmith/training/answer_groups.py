@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tunesmith.answers.sampler import Prompt, SampledIds
+from tunesmith.batches.batch import Batch
+from tunesmith.batches.loader import Loader
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.batch import Batch
-from tunesmith.data.batches.loader import Loader
-from tunesmith.data.text.example import Example
-from tunesmith.inference.sampler import Prompt, SampledIds
+from tunesmith.tokens.text.example import Example
 
 
 def prompt_of(example: Example, row: int) -> Prompt:

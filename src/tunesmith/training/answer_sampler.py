@@ -5,16 +5,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.data.text.example import Example
+from tunesmith.answers.answers import answer_batch, decode
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.sampler import Prompt
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import DataError
-from tunesmith.inference.answers import answer_batch, decode
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.sampler import Prompt
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import NO_FINAL_ANSWERS, Phase, read_samples
+from tunesmith.tokens.text.example import Example
 from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.units import format_seconds
 

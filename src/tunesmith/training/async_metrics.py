@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tunesmith.batches.loader import GlobalBatch
 from tunesmith.checkpoint.writer import Writer
-from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.gauges import Gauges
 from tunesmith.metrics.record import StepRecord

@@ -11,7 +11,7 @@ from tunesmith.checkpoint.resume import validation_score
 from tunesmith.checkpoint.sharded import RanksWriter, fits_twice, sharded_save_function
 from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.distributed.activity import STUCK_AFTER_S
-from tunesmith.methods.answers import REWARD_ACCURACY
+from tunesmith.methods.pairs import REWARD_ACCURACY
 from tunesmith.metrics.record import VALIDATION
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.run_dir import FINAL, Phase

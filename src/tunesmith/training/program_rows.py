@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from tunesmith.config.row_formats import PICTURE_NAMES
-from tunesmith.data.rows.picture_places import PICTURE_KEYS, PICTURE_PARTS
 from tunesmith.errors import DataError
 from tunesmith.host.files import write_atomically
+from tunesmith.rows.picture_places import PICTURE_KEYS, PICTURE_PARTS
 
 _ROWS_ARGUMENT = "train(rows=...)"
 # Pillow's image modes that the PNG format supports.

@@ -21,20 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tunesmith.batches.loader import Loader
+from tunesmith.batches.mismatched import mismatched_of_all
 from tunesmith.config.schema import Run
-from tunesmith.data.batches.loader import Loader
-from tunesmith.data.batches.mismatched import mismatched_of_all
-from tunesmith.data.prepare import TrainingData
-from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.methods import METHODS
-from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import TrainModel, evaluating
+from tunesmith.methods.pairs import answer_logprobs
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.parallel.shard import reshard
 from tunesmith.run_dir import Phase
+from tunesmith.start.prepare import TrainingData
+from tunesmith.tokens.token_set import TokenSet
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)

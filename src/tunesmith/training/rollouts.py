@@ -20,22 +20,22 @@ from statistics import fmean
 import numpy as np
 from safetensors.numpy import save_file
 
-from tunesmith.data.batches.loader import GlobalBatch, Loader
-from tunesmith.data.text.example import Example
-from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.answers.answers import decode
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.sampler import Prompt, SampledIds, sample
+from tunesmith.answers.scoring.reward import Reward
+from tunesmith.answers.scoring.rows import make_scored_row
+from tunesmith.answers.scoring.scorers import AnswerScores, RewardedAnswer
+from tunesmith.batches.loader import GlobalBatch, Loader
 from tunesmith.errors import RunError, UsageError
 from tunesmith.host.cores import available_cores
-from tunesmith.inference.answers import decode
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.sampler import Prompt, SampledIds, sample
 from tunesmith.methods.grpo import answer_weights
 from tunesmith.metrics.run_figures import explain_equal_rewards
-from tunesmith.model.slots import answers_at_once
+from tunesmith.model.layers.slots import answers_at_once
 from tunesmith.parallel.shard import unsharded
 from tunesmith.run_dir import ROLLOUTS, outdated_rollouts
-from tunesmith.scoring.reward import Reward
-from tunesmith.scoring.rows import make_scored_row
-from tunesmith.scoring.scorers import AnswerScores, RewardedAnswer
+from tunesmith.tokens.text.example import Example
+from tunesmith.tokens.token_set import TokenSet
 from tunesmith.training.answer_groups import (
     answer_batches,
     group_examples,

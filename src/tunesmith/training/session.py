@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from tunesmith.batches.batch import Batch
+from tunesmith.batches.loader import GlobalBatch, Loader
 from tunesmith.build_model import build_model, fill_parameters
 from tunesmith.checkpoint.contents import read_optimizer
 from tunesmith.checkpoint.resume import Progress, Start
@@ -19,9 +21,6 @@ from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import REFERENCE_METHODS, Run
 from tunesmith.config.trust import mark_own_run
-from tunesmith.data.batches.batch import Batch
-from tunesmith.data.batches.loader import GlobalBatch, Loader
-from tunesmith.data.prepare import TrainingData
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
@@ -31,8 +30,8 @@ from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.spec import attention_weight, flops
+from tunesmith.model.arch.spec import attention_weight, flops
+from tunesmith.model.known.dtypes import DTYPES
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.parallel.mesh import ALONE, Mesh
@@ -46,11 +45,12 @@ from tunesmith.planning.compare_eight_bit import (
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.presentation.data import contract_lines
-from tunesmith.presentation.start import loss_change_text, sums_line
 from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
-from tunesmith.stages.plan import PlanFacts
+from tunesmith.start.lines import loss_change_text, sums_line
+from tunesmith.start.plan import PlanFacts
+from tunesmith.start.prepare import TrainingData
 from tunesmith.training.answer_groups import largest_answer_batch
 from tunesmith.training.reference import BaseReference
 from tunesmith.training.stop_control import StopControl

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
+from tunesmith.batches.loader import GlobalBatch
 from tunesmith.checkpoint.resume import Progress, Start
-from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
 from tunesmith.host.logger import logged_if_slow

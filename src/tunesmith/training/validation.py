@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
+from tunesmith.answers.decoding import Decoding
 from tunesmith.checkpoint.resume import validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import write_atomically
-from tunesmith.inference.decoding import Decoding
-from tunesmith.methods.answers import REWARD_ACCURACY
+from tunesmith.methods.pairs import REWARD_ACCURACY
 from tunesmith.metrics.intervals import mean_interval
 from tunesmith.metrics.record import VALIDATION, StepRecord
 from tunesmith.run_dir import BEST, Phase

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from tunesmith.data.batches.layout import Layout
-from tunesmith.data.batches.mismatched import mismatched_of_all
-from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.batches.layout import Layout
+from tunesmith.batches.mismatched import mismatched_of_all
 from tunesmith.methods.base import StepTotals, TrainModel, evaluating
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
+from tunesmith.tokens.token_set import TokenSet
 
 
 class ValidationResult(NamedTuple):

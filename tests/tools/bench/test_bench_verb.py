@@ -13,7 +13,7 @@ from errors import check_shown, holds
 from invoke import invoke
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
-from tunesmith.model.shapes import SHAPES, Shape
+from tunesmith.model.arch.shapes import SHAPES, Shape
 from tunesmith.tools.bench.measure import BenchReport
 from tunesmith.tools.bench.shape import write_shape
 

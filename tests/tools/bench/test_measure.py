@@ -14,13 +14,13 @@ from logged import logged_lines
 from recipes import make_run
 from tunesmith.errors import ModelError
 from tunesmith.host.chips import Peak
-from tunesmith.model import spec
-from tunesmith.model.attention import ATTENTION_KERNELS
+from tunesmith.model.arch import spec
+from tunesmith.model.layers.attention import ATTENTION_KERNELS
 from tunesmith.planning import compare_eight_bit
-from tunesmith.stages.request import Request
+from tunesmith.start.build import build as session_of
+from tunesmith.start.request import Request
+from tunesmith.start.run import train
 from tunesmith.tools.bench.measure import BenchPlan, Measured, measure
-from tunesmith.training.build import build as session_of
-from tunesmith.training.run import train
 from tunesmith.training.session import Session, write_identity
 from tunesmith.units import Length
 

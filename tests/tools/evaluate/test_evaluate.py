@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from errors import holds, refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
-from tunesmith.data.batches.batch import collate
-from tunesmith.data.compare.splits import read_splits
-from tunesmith.data.text.example import Example
-from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.data.tokens.tokenize import tokenize
+from tunesmith.answers.load_run import LoadedModel, load_run
+from tunesmith.batches.batch import collate
 from tunesmith.errors import DataError, UsageError
-from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.metrics.record import read_records
-from tunesmith.reader.run_files import RunFiles
+from tunesmith.rows.compare.splits import read_splits
 from tunesmith.run_dir import read_env
+from tunesmith.start.run import train
+from tunesmith.tokens.text.example import Example
+from tunesmith.tokens.token_set import TokenSet
+from tunesmith.tokens.tokenize import tokenize
 from tunesmith.tools.evaluate.evaluate import _batch_sums, evaluate, score
 from tunesmith.tools.evaluate.evaluate_runs import evaluate_runs
-from tunesmith.training.run import train
+from tunesmith.tools.report.run_files import RunFiles
 from tunesmith.training.validation_loss import validation_loss
 
 CPU = torch.device("cpu")

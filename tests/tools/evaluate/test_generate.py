@@ -9,9 +9,9 @@ import pytest
 
 from errors import holds, lines_with, refuses
 from runs import ROWS, make_run, peft_model
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.load_run import LoadedModel, load_run
 from tunesmith.errors import DataError
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.tools.evaluate.generate import generate
 
 

@@ -17,19 +17,19 @@ from errors import refuses
 from pairwise import name_of, pairwise
 from recipes import make_run as recipe_run
 from runs import make_run, peft_model
+from tunesmith.answers.load_run import LoadedModel, _template, load_run
+from tunesmith.answers.scoring.scorers import ScoredRow
 from tunesmith.checkpoint.contents import tokenizer_files
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.source.open_source import from_list, read_rows
-from tunesmith.data.text.select_template import select_template
-from tunesmith.data.text.template import Template
-from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
-from tunesmith.inference.load_run import LoadedModel, _template, load_run
-from tunesmith.scoring.scorers import ScoredRow
+from tunesmith.rows.source.open_source import from_list, read_rows
+from tunesmith.start.run import train
+from tunesmith.tokens.text.select_template import select_template
+from tunesmith.tokens.text.template import Template
+from tunesmith.tokens.tokenize import tokenize
 from tunesmith.tools.evaluate import generate
 from tunesmith.tools.evaluate.evaluate import _eval_tokens
 from tunesmith.tools.evaluate.row_source import find_source
-from tunesmith.training.run import train
 
 ASKED, SAID = "Which bird  sings?\n", " A wren."
 TURNS = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]

@@ -17,16 +17,16 @@ from conftest import byte_tokenizer
 from errors import holds, refuses
 from ranks import run_ranks
 from runs import ROWS, make_run, peft_model, write_rows
-from tunesmith.data.rows.samples import Conversation
-from tunesmith.data.text.template import Template
+from tunesmith.answers.answers import Answer
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.load_run import load_run
+from tunesmith.answers.scoring.rows import read_call_form
+from tunesmith.answers.scoring.text import token_f1
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import DataError, MachineError, RunError, StoppedError, UsageError
-from tunesmith.inference.answers import Answer
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.load_run import load_run
 from tunesmith.metrics.intervals import paired_intervals
-from tunesmith.scoring.rows import read_call_form
-from tunesmith.scoring.text import token_f1
+from tunesmith.rows.samples import Conversation
+from tunesmith.tokens.text.template import Template
 from tunesmith.tools.evaluate import score_rows
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.generate import generate

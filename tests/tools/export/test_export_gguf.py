@@ -22,7 +22,7 @@ from tunesmith.checkpoint import manifest
 from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError, ModelError, UsageError
 from tunesmith.hub.fetch import fetch
-from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.model.weights.safetensors_files import weights_digest
 from tunesmith.tools.export.gguf import export as room
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp

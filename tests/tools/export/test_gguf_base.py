@@ -17,9 +17,9 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.hub import fetch
 from tunesmith.hub.gguf_tokenizer import read_file_tokenizer
-from tunesmith.model import load
-from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.model.weights import load_weights
+from tunesmith.model.arch import load
+from tunesmith.model.arch.tokenizer import load_tokenizer
+from tunesmith.model.weights.weights import load_weights
 
 
 @pytest.fixture(scope="module")

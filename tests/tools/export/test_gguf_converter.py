@@ -22,9 +22,10 @@ from errors import refuses
 from export.converter_models import MODELS, write_base
 from export.tiny_gguf import VARIANTS, chat_tokenizer, random_model, write_model
 from recipes import make_run
+from tunesmith.answers.load_run import locate_run, read_run_files
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
-from tunesmith.inference.load_run import locate_run, read_run_files
-from tunesmith.model.gguf_writers import CONVERTER_SDIST
+from tunesmith.model.known.gguf_writers import CONVERTER_SDIST
+from tunesmith.start.run import train
 from tunesmith.tools.export.gguf import converter as module
 from tunesmith.tools.export.gguf import export
 from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model
@@ -33,7 +34,6 @@ from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.tools.export.merge_check import Difference
 from tunesmith.tools.export.tuned_weights import open_tuned_model
-from tunesmith.training.run import train
 
 
 def write_converter(folder: Path, *, gguf: str = "gguf-py", names: str = "    LLAMA = 1\n") -> Path:
@@ -164,7 +164,7 @@ NOISE_OF = {"gpt_oss": 0.1}
 CONVERT_ALL = """
 import sys
 from pathlib import Path
-from tunesmith.inference.load_run import locate_run
+from tunesmith.answers.load_run import locate_run
 from tunesmith.tools.export.gguf.convert_with_llama_cpp import Conversion, _convert
 from tunesmith.tools.export.gguf.converter import find_converter
 for folder in [path for path in Path(sys.argv[1]).iterdir() if path.is_dir()]:

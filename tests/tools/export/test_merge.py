@@ -19,11 +19,11 @@ import tunesmith
 from errors import refuses
 from export.tiny_gguf import word_tokenizer
 from runs import make_run, peft_model
-from tunesmith.data.rows.samples import Completion
+from tunesmith.answers.load_run import load_run, locate_run, read_run_files
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError, UsageError
 from tunesmith.formats.stored import StoredTensor
-from tunesmith.inference.load_run import load_run, locate_run, read_run_files
-from tunesmith.model.tiny_model import build_tiny_model
+from tunesmith.model.measuring.tiny_model import build_tiny_model
+from tunesmith.rows.samples import Completion
 from tunesmith.tools.export import merge_check, tuned_weights
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.merge_check import Difference, ExactCheck, MergeCheck

@@ -22,10 +22,10 @@ from hub.standin import StandIn, environment, git_hash
 from recipes import make_run, write_rows
 from tunesmith.checkpoint.manifest import flush_files, write_manifest
 from tunesmith.config.load import load_recipe
+from tunesmith.start.run import train
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.push import _push_error
-from tunesmith.training.run import train
 from warm import read_hub_settings, run_warm
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from invoke import invoke
 from tunesmith.adapter import lora, peft_files
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.model.tiny_model import build_tiny_model
+from tunesmith.model.measuring.tiny_model import build_tiny_model
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 ADAPTER = Adapter(rank=3, alpha=6, target=("experts",))

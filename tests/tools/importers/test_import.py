@@ -113,7 +113,7 @@ def test_values_of_a_file(name: str) -> None:
 @pytest.mark.parametrize("name", [n if n in TIER_1 else nightly(n) for n in WITH_ROWS])
 def test_the_recipe_trains(name, tiny, tmp_path):
     """On the rows beside the file, without what this machine lacks."""
-    from tunesmith.training.run import train
+    from tunesmith.start.run import train
 
     recipe = tmp_path / "recipe.yaml"
     assert invoke("import", FOLDER / name, "--world", 2, "--output", recipe).code == 0

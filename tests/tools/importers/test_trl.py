@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from invoke import invoke
+from tunesmith.answers.scoring.own_scorers import load_own_scorer
+from tunesmith.answers.scoring.scorers import RewardedAnswer, ScoredRow
 from tunesmith.config.load import load_recipe
 from tunesmith.optim.lr_schedule import scheduled_rate
-from tunesmith.scoring.own_scorers import load_own_scorer
-from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow
 from tunesmith.tools.importers.source_config import read_config, table
 from tunesmith.tools.importers.translate import translate
 
@@ -110,7 +110,7 @@ async def halves(prompts, completions, solution, completion_ids, trainer_state, 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_grpo_trains_with_the_rewards_of_trl(is_chat: bool, tiny: Path, tmp_path: Path) -> None:
-    from tunesmith.training.run import train
+    from tunesmith.start.run import train
 
     recipe = tmp_path / "new" / "recipe.yaml"
     recipe.parent.mkdir()

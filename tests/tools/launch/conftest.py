@@ -68,7 +68,7 @@ import sys
 words = " ".join(sys.orig_argv)
 launches = "-m tunesmith.launch.node " in words or "-m accelerate.commands.launch " in words
 if launches and "--nodes 1 --ranks 1" not in words:
-    import tunesmith.training.run
+    import tunesmith.start.run
     from warm import fork_ranks
     fork_ranks()
 """
@@ -89,7 +89,7 @@ def uninterrupted(
 
 
 def _in_one_go(model: Path, folder: Path, changes: dict[str, Any]) -> list[tuple[float, float]]:
-    from tunesmith.training.run import train
+    from tunesmith.start.run import train
 
     run = make_run(model, folder, held=False, output_dir=str(folder / "whole"), **changes)
     return [(record.loss, record.grad_norm) for record in train(run, quiet=True).records]

@@ -17,7 +17,7 @@ from errors import holds, lines_with
 from launch.conftest import records_of
 from ranks import forkserver
 from recipes import recipe
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 from waiting import wait_for
 from warm import Warm, fork_ranks
 

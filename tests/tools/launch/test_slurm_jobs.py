@@ -19,7 +19,7 @@ import pytest
 from errors import holds, lines_with
 from launch.conftest import FORKING, SLOW, UNENDING, curve_of, holders_of, uninterrupted
 from recipes import make_run, recipe
-from tunesmith.training.run import train
+from tunesmith.start.run import train
 
 PAIR = Path(__file__).with_name("slurm_pair.sh")
 TOOLS = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "ip")

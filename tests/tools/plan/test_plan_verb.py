@@ -21,9 +21,9 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.errors import UsageError
 from tunesmith.host.chips import CHIPS
 from tunesmith.host.memory import MemoryFigures
-from tunesmith.model.gguf_writers import describe_gguf_export
-from tunesmith.model.shapes import SHAPES, config_of_model
-from tunesmith.model.spec import read_spec
+from tunesmith.model.arch.shapes import SHAPES, config_of_model
+from tunesmith.model.arch.spec import read_spec
+from tunesmith.model.known.gguf_writers import describe_gguf_export
 from tunesmith.planning import machines
 from tunesmith.planning.machines import Cluster, read_cluster
 from tunesmith.units import format_seconds

@@ -14,7 +14,7 @@ import pytest
 
 from errors import holds
 from report.written import falling, write_run
-from tunesmith.reader.page import write_report
+from tunesmith.tools.report.page import write_report
 from watching import add_steps, watching
 from watching import write_run as write_watched
 

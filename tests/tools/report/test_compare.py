@@ -10,9 +10,9 @@ import pytest
 from errors import holds
 from invoke import invoke
 from report.written import falling, pairs_eval, row_eval, write_eval, write_run
-from tunesmith.reader.compare import Verdict, differing_keys, judge
-from tunesmith.reader.figures import eval_figures, figure_rows
-from tunesmith.reader.run_files import RunFiles
+from tunesmith.tools.report.compare import Verdict, differing_keys, judge
+from tunesmith.tools.report.figures import eval_figures, figure_rows
+from tunesmith.tools.report.run_files import RunFiles
 
 
 def verdict(*runs) -> Verdict:

@@ -11,8 +11,8 @@ import pytest
 
 from errors import holds
 from records import record
-from tunesmith.reader.curves import curves
-from tunesmith.reader.run_files import RunFiles, end_fields
+from tunesmith.tools.report.curves import curves
+from tunesmith.tools.report.run_files import RunFiles, end_fields
 from watching import add_steps, write_run
 
 

@@ -13,7 +13,7 @@ from errors import is_internal, lines_with
 from time_limit import time_limit
 from tunesmith.cli.main import main
 from tunesmith.metrics.record import newest_record
-from tunesmith.reader.run_files import RunFiles
+from tunesmith.tools.report.run_files import RunFiles
 from watching import add_steps, write_run
 
 DEEP = 100_000

@@ -10,9 +10,9 @@ import pytest
 
 from errors import holds
 from report.written import eval_scores, falling, write_eval, write_run
-from tunesmith.reader.figures import eval_figures
-from tunesmith.reader.page import render_page
-from tunesmith.reader.run_files import RunFiles
+from tunesmith.tools.report.figures import eval_figures
+from tunesmith.tools.report.page import render_page
+from tunesmith.tools.report.run_files import RunFiles
 
 
 def test_scores_stand_beside_the_losses_with_their_intervals(tmp_path: Path) -> None:

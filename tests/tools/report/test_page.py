@@ -12,9 +12,9 @@ import pytest
 from errors import check_shown, holds, lines_with
 from invoke import invoke
 from report.written import eval_scores, falling, write_eval, write_run
-from tunesmith.reader.page import PAGE_MARK, render_page
-from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import NO_FINAL_ANSWERS
+from tunesmith.tools.report.page import PAGE_MARK, render_page
+from tunesmith.tools.report.run_files import RunFiles
 
 EVIL = "</script><img src=x onerror=alert(1)> & \"'` | {{ 7*7 }} \u2028"
 SAMPLES = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]

@@ -20,9 +20,9 @@ from tunesmith.errors import UsageError
 from tunesmith.launch.job import Job
 from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
-from tunesmith.reader.curves import downsample, smooth
-from tunesmith.reader.run_files import RunFiles, read_figures
 from tunesmith.run_dir import RunState
+from tunesmith.tools.report.curves import downsample, smooth
+from tunesmith.tools.report.run_files import RunFiles, read_figures
 
 
 def test_a_finished_run(trained: Path) -> None:

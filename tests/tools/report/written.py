@@ -10,8 +10,8 @@ from recipes import merge
 from records import RUN, record
 from tunesmith.config.dump import to_mapping, to_yaml
 from tunesmith.metrics.intervals import share_interval
-from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import PAIRS
+from tunesmith.tools.report.run_files import RunFiles
 
 ENV = {
     "python": "3.12.1", "tunesmith": "0.1.0", "torch": "2.13.0+cpu", "cpu": "a processor", "cpu_threads": 2, "gpus": [],

@@ -33,15 +33,15 @@ from tunesmith.errors import (
 from tunesmith.host.chips import Chip
 from tunesmith.host.signals import LowMemory
 from tunesmith.metrics.record import read_records
-from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import SWEEP, weights_step
-from tunesmith.stages import plan as plan_stage
+from tunesmith.start import plan as plan_stage
+from tunesmith.start.run import StartOptions, joined, start_run
+from tunesmith.tools.report.run_files import RunFiles
 from tunesmith.tools.sweep import run as sweep_module
 from tunesmith.tools.sweep import shared_base
 from tunesmith.tools.sweep.run import run_sweep
 from tunesmith.tools.sweep.space import read_space
 from tunesmith.tools.sweep.table import sweep_lines
-from tunesmith.training.run import StartOptions, joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 from warm import Warm, run_warm

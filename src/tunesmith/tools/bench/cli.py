@@ -25,7 +25,7 @@ from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import UsageError
-from tunesmith.model.shapes import SHAPES, find_shape
+from tunesmith.model.arch.shapes import SHAPES, find_shape
 
 LOADS_TORCH = "here"
 

@@ -26,11 +26,11 @@ from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.run_figures import RunFigures, finite
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
-from tunesmith.presentation.start import choices_line
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
-from tunesmith.stages.request import Request, Weights
-from tunesmith.training.build import build
+from tunesmith.start.build import build
+from tunesmith.start.lines import choices_line
+from tunesmith.start.request import Request, Weights
 from tunesmith.training.session import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer

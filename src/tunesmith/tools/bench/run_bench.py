@@ -11,8 +11,8 @@ from tunesmith.config.dump import to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.metrics import hardware
 from tunesmith.metrics.result_table import ResultTable
-from tunesmith.model.shapes import find_shape
-from tunesmith.stages.request import Weights
+from tunesmith.model.arch.shapes import find_shape
+from tunesmith.start.request import Weights
 from tunesmith.tools.bench.measure import BenchPlan, measure
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
 

@@ -46,13 +46,13 @@ from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
-from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
+from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import Phase
-from tunesmith.stages.agree import check_same_recipe
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
+from tunesmith.start.agree import check_same_recipe
+from tunesmith.start.build import build
+from tunesmith.start.request import Request
 from tunesmith.training.session import write_identity
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -493,7 +493,7 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     out = Path(run.output_dir)
     # This collective call determines which ranks write to the run directory `out`.
     ranks = choose_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
-    with stderr_only_from("tunesmith.data"):
+    with stderr_only_from("tunesmith.rows", "tunesmith.tokens"):
         start = decide_start(run, ranks)
         session = build(Request(run, start), ranks, make_mesh=make_mesh)
     with ranks.raise_on_all_ranks():

@@ -14,8 +14,8 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import UsageError
 from tunesmith.hub.fetch import fetch_without_weights
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.tokenizer import load_original_tokenizer
+from tunesmith.model.arch.tokenizer import load_original_tokenizer
+from tunesmith.model.measuring.measured_spec import model_spec
 
 GLOBAL_BATCH_SIZE = "16384 tokens"
 

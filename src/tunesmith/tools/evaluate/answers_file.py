@@ -22,7 +22,7 @@ from tunesmith.tools.evaluate.resumed_file import ResumedFile
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
-    from tunesmith.inference.decoding import Decoding
+    from tunesmith.answers.decoding import Decoding
 
 KIND = "eval answers"
 

@@ -6,11 +6,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from tunesmith.answers.answers import answer_batch
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.load_run import LoadedModel, RunLocation, load_run
+from tunesmith.answers.sampler import Prompt
 from tunesmith.cli.options import notify, notify_weights, stdin_lines
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.messages import read_tools
-from tunesmith.data.rows.row_reader import RowReader
-from tunesmith.data.rows.samples import (
+from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.host.signals import StopRequest
+from tunesmith.host.streams import visible
+from tunesmith.presentation.data import template_line
+from tunesmith.rows.messages import read_tools
+from tunesmith.rows.row_reader import RowReader
+from tunesmith.rows.samples import (
     PICTURE_MARK,
     Conversation,
     Message,
@@ -18,14 +26,6 @@ from tunesmith.data.rows.samples import (
     ToolSchema,
     with_system,
 )
-from tunesmith.errors import TunesmithError, UsageError
-from tunesmith.host.signals import StopRequest
-from tunesmith.host.streams import visible
-from tunesmith.inference.answers import answer_batch
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run
-from tunesmith.inference.sampler import Prompt
-from tunesmith.presentation.data import template_line
 from tunesmith.tools.evaluate.decoding_options import read_decoding
 
 CHAT_COMMANDS_HINT = (

@@ -39,6 +39,8 @@ lm-evaluation-harness.
 import argparse
 from pathlib import Path
 
+from tunesmith.answers.load_run import locate_run, require_held_out
+from tunesmith.answers.scoring.scorers import check_scorer_names
 from tunesmith.cli.options import (
     add_decoding,
     add_json,
@@ -49,11 +51,9 @@ from tunesmith.cli.options import (
     whole_number,
 )
 from tunesmith.config.schema import Source
-from tunesmith.data.source.folders import check_local
-from tunesmith.data.source.open_source import is_local, read_rows
 from tunesmith.distributed.ranks import reported_once_a_node
-from tunesmith.inference.load_run import locate_run, require_held_out
-from tunesmith.scoring.scorers import check_scorer_names
+from tunesmith.rows.source.folders import check_local
+from tunesmith.rows.source.open_source import is_local, read_rows
 from tunesmith.tools.evaluate.row_source import find_source
 
 LOADS_TORCH = "here"

@@ -16,8 +16,8 @@ answers go to stdout. To answer each row of a file separately, use
 
 import argparse
 
+from tunesmith.answers.load_run import locate_run
 from tunesmith.cli.options import add_decoding, add_run
-from tunesmith.inference.load_run import locate_run
 
 LOADS_TORCH = "here"
 

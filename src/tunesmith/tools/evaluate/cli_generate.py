@@ -25,16 +25,16 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.answers.load_run import add_vision_if_needed, load_run, locate_run
+from tunesmith.answers.scoring.scorers import TOOL_CALL, check_scorer_names
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.detect import sample_rows
-from tunesmith.data.source.files import check_is_file
-from tunesmith.data.source.open_source import Rows, from_list, read_rows
 from tunesmith.errors import DataError, StoppedError, UsageError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
-from tunesmith.inference.load_run import add_vision_if_needed, load_run, locate_run
-from tunesmith.scoring.scorers import TOOL_CALL, check_scorer_names
+from tunesmith.rows.detect import sample_rows
+from tunesmith.rows.source.files import check_is_file
+from tunesmith.rows.source.open_source import Rows, from_list, read_rows
 from tunesmith.tools.evaluate.resumed_file import ResumedFile, json_line, write_error
 from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.units import count_of

@@ -2,8 +2,8 @@
 
 import argparse
 
+from tunesmith.answers.decoding import Decoding
 from tunesmith.errors import UsageError
-from tunesmith.inference.decoding import Decoding
 
 
 def read_decoding(args: argparse.Namespace) -> Decoding:

@@ -20,27 +20,8 @@ import numpy as np
 import torch
 
 from tunesmith.adapter.lora import disabled
-from tunesmith.config.schema import Data, Source
-from tunesmith.data.batches.batch import Batch
-from tunesmith.data.batches.layout import Layout
-from tunesmith.data.batches.pixels import PixelReader
-from tunesmith.data.compare.splits import SourceRows, read_splits
-from tunesmith.data.prepare import find_trained_rows
-from tunesmith.data.rows.detect import sample_rows
-from tunesmith.data.source.open_source import (
-    Rows,
-    from_list,
-    is_local,
-    read_rows,
-)
-from tunesmith.data.tokens.token_set import Repeats, TokenSet
-from tunesmith.data.tokens.tokenize import tokenize
-from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import DataError, MachineError, UsageError
-from tunesmith.host.functions import file_and_name
-from tunesmith.host.logger import lines_by_default
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.load_run import (
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.load_run import (
     LoadedModel,
     RunLocation,
     add_vision_if_needed,
@@ -48,8 +29,17 @@ from tunesmith.inference.load_run import (
     locate_run,
     require_held_out,
 )
-from tunesmith.methods.answers import accuracy
+from tunesmith.answers.scoring.scorers import check_scorer_names
+from tunesmith.batches.batch import Batch
+from tunesmith.batches.layout import Layout
+from tunesmith.batches.pixels import PixelReader
+from tunesmith.config.schema import Data, Source
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
+from tunesmith.errors import DataError, MachineError, UsageError
+from tunesmith.host.functions import file_and_name
+from tunesmith.host.logger import lines_by_default
 from tunesmith.methods.base import TrainModel, evaluating, supervised_positions
+from tunesmith.methods.pairs import accuracy
 from tunesmith.metrics.intervals import (
     Interval,
     PairedIntervals,
@@ -58,8 +48,18 @@ from tunesmith.metrics.intervals import (
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.presentation.data import layout_lines
+from tunesmith.rows.compare.splits import SourceRows, read_splits
+from tunesmith.rows.detect import sample_rows
+from tunesmith.rows.source.open_source import (
+    Rows,
+    from_list,
+    is_local,
+    read_rows,
+)
 from tunesmith.run_dir import PAIRS, weights_step
-from tunesmith.scoring.scorers import check_scorer_names
+from tunesmith.start.prepare import find_trained_rows
+from tunesmith.tokens.token_set import Repeats, TokenSet
+from tunesmith.tokens.tokenize import tokenize
 from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.tools.evaluate.score_rows import (
     Progress,

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tunesmith.answers.load_run import RunLocation, locate_run, require_held_out
 from tunesmith.errors import UsageError
-from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
 from tunesmith.metrics.intervals import (
     Interval,
     PairedIntervals,

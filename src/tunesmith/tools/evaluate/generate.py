@@ -8,20 +8,20 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tunesmith.answers.answers import Answer, answer_all, decode
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.load_run import LoadedModel
+from tunesmith.answers.scoring.rows import make_scored_row
+from tunesmith.answers.scoring.scorers import RewardedAnswer, ScoredRow
 from tunesmith.config.row_formats import CHAT_ROLES, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.columns import is_absent, role_key_of
-from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.row_reader import RowReader
-from tunesmith.data.rows.samples import Picture, pictures_of
-from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import lines_by_default
-from tunesmith.inference.answers import Answer, answer_all, decode
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.load_run import LoadedModel
-from tunesmith.scoring.rows import make_scored_row
-from tunesmith.scoring.scorers import RewardedAnswer, ScoredRow
+from tunesmith.rows.columns import is_absent, role_key_of
+from tunesmith.rows.formats import convert_sample
+from tunesmith.rows.row_reader import RowReader
+from tunesmith.rows.samples import Picture, pictures_of
+from tunesmith.rows.source.open_source import Rows, from_list
 from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.training.program_rows import mappings
 from tunesmith.units import count_of

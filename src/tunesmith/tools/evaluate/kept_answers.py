@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.answers.scoring.process import ScorerPool
+from tunesmith.answers.scoring.scorers import scorer_label
 from tunesmith.config.schema import Source
 from tunesmith.errors import UsageError
-from tunesmith.scoring.process import ScorerPool
-from tunesmith.scoring.scorers import scorer_label
 from tunesmith.tools.evaluate.generate import AnsweredRow, RowPrompt, row_with_answer
 from tunesmith.units import count_of
 

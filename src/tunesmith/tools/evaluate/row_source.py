@@ -8,12 +8,12 @@ from dataclasses import replace
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.row_settings import rows_set_by
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.columns import holds_text
-from tunesmith.data.rows.detect import detect, sample_rows
-from tunesmith.data.source.open_source import Rows
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
+from tunesmith.rows.columns import holds_text
+from tunesmith.rows.detect import detect, sample_rows
+from tunesmith.rows.source.open_source import Rows
 
 log = logging.getLogger(__name__)
 

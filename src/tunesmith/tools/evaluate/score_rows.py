@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
+from tunesmith.answers.answers import Answer
+from tunesmith.answers.decoding import Decoding
+from tunesmith.answers.load_run import LoadedModel, RunLocation
+from tunesmith.answers.scoring.process import ScorerProcess
+from tunesmith.answers.scoring.rows import read_call_form
+from tunesmith.answers.scoring.scorers import SCORERS, TOOL_CALL, RewardedAnswer, scorer_label
 from tunesmith.checkpoint import manifest
-from tunesmith.data.compare.splits import SourceRows
-from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.signals import StopRequest
-from tunesmith.inference.answers import Answer
-from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.load_run import LoadedModel, RunLocation
 from tunesmith.metrics.intervals import (
     Interval,
     PairedIntervals,
@@ -30,11 +31,10 @@ from tunesmith.metrics.intervals import (
     mean_interval,
     paired_intervals,
 )
-from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.model.weights.safetensors_files import weights_digest
+from tunesmith.rows.compare.splits import SourceRows
 from tunesmith.run_dir import EVALS, FINAL
-from tunesmith.scoring.process import ScorerProcess
-from tunesmith.scoring.rows import read_call_form
-from tunesmith.scoring.scorers import SCORERS, TOOL_CALL, RewardedAnswer, scorer_label
+from tunesmith.tokens.token_set import TokenSet
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import (
     RowPrompt,

@@ -27,6 +27,7 @@ are already in this format; use `merge` for an adapter.
 
 import argparse
 
+from tunesmith.answers.load_run import locate_run
 from tunesmith.cli.options import (
     add_json,
     add_run,
@@ -35,7 +36,6 @@ from tunesmith.cli.options import (
     whole_number,
 )
 from tunesmith.errors import UsageError
-from tunesmith.inference.load_run import locate_run
 from tunesmith.tools.export.gguf.converter import find_converter
 from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 from tunesmith.tools.export.output import check_gguf_output, check_new_folder

@@ -15,9 +15,9 @@ import json
 import sys
 from dataclasses import asdict
 
+from tunesmith.answers.load_run import locate_run
 from tunesmith.cli.options import add_json, add_run, notify_weights
 from tunesmith.host.streams import width_of
-from tunesmith.inference.load_run import locate_run
 from tunesmith.tools.export.output import check_merge_output
 
 LOADS_TORCH = "here"

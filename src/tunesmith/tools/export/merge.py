@@ -20,14 +20,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
-from tunesmith.checkpoint.manifest import CARD
-from tunesmith.checkpoint.model_card import CardFile, weights_file, with_files
-from tunesmith.errors import CheckpointError
-from tunesmith.host.files import follow_umask, require_disk_space
-from tunesmith.host.logger import lines_by_default
-from tunesmith.host.shell import shell_path
-from tunesmith.hub.fetch import fetch
-from tunesmith.inference.load_run import (
+from tunesmith.answers.load_run import (
     Dtype,
     RunLocation,
     check_dtype,
@@ -36,14 +29,21 @@ from tunesmith.inference.load_run import (
     read_run_files,
     select_device,
 )
+from tunesmith.checkpoint.manifest import CARD
+from tunesmith.checkpoint.model_card import CardFile, weights_file, with_files
+from tunesmith.errors import CheckpointError
+from tunesmith.host.files import follow_umask, require_disk_space
+from tunesmith.host.logger import lines_by_default
+from tunesmith.host.shell import shell_path
+from tunesmith.hub.fetch import fetch
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.load import auto_class_of
-from tunesmith.model.older_readers import write_for_older_readers
-from tunesmith.model.save_tensors import save_sharded, written_bytes
-from tunesmith.model.shipped import form_of_folder
-from tunesmith.model.stored_form import write_model_config
-from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
+from tunesmith.model.arch.load import auto_class_of
+from tunesmith.model.arch.tokenizer import GENERATION_CONFIG, generation_config_text
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.weights.older_readers import write_for_older_readers
+from tunesmith.model.weights.save_tensors import save_sharded, written_bytes
+from tunesmith.model.weights.shipped import form_of_folder
+from tunesmith.model.weights.stored_form import write_model_config
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.tools.export import merge_check
 from tunesmith.tools.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.source.open_source import read_rows
+from tunesmith.answers.load_run import OpenedRun
 from tunesmith.errors import CheckpointError, TunesmithError
-from tunesmith.inference.load_run import OpenedRun
+from tunesmith.rows.formats import convert_sample
+from tunesmith.rows.source.open_source import read_rows
 from tunesmith.tools.export.tuned_weights import TunedModel
 from tunesmith.units import count_of
 

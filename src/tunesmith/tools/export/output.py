@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 
+from tunesmith.answers.load_run import RunLocation
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
 from tunesmith.host.files import existing_folder, relative_to_cwd
 from tunesmith.host.shell import shell_path
-from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import RECIPE
 from tunesmith.tools.export.gguf.ollama import MODELFILE
 

@@ -10,12 +10,12 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hf_logging
 from rich.filesize import decimal as size_text
 
+from tunesmith.answers.load_run import locate_run, raise_if_deleted
 from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
 from tunesmith.checkpoint.model_card import is_hub_id
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path
 from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page
-from tunesmith.inference.load_run import locate_run, raise_if_deleted
 from tunesmith.tools.export.record import gguf_to_push, make_card
 from tunesmith.units import count_of
 

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.answers.load_run import RunLocation
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import CardFile, model_card, with_files
 from tunesmith.errors import UsageError
 from tunesmith.host.files import write_atomically
-from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import weights_step
 from tunesmith.tools.export.output import record_path
 

@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from tunesmith.answers.load_run import RunLocation
 from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.sharded import export_sharded, is_sharded
 from tunesmith.cli.options import ProgressCounter, notify
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.streams import width_of
-from tunesmith.inference.load_run import RunLocation
 from tunesmith.tools.export.gguf.export import (
     DEFAULT_QUANT,
     ExportedFile,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter.expert_lora import attach_to_stack
-from tunesmith.model.decoder import find_layers
-from tunesmith.model.experts import LORA_SUFFIX, find_experts
-from tunesmith.model.vision import set_text_attention
+from tunesmith.model.known.decoder import find_layers
+from tunesmith.model.layers.experts import LORA_SUFFIX, find_experts
+from tunesmith.model.layers.vision import set_text_attention
 from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import is_plain_linear
 from tunesmith.quant.llama4_experts import choose_top_k

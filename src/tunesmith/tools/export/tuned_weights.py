@@ -20,18 +20,18 @@ from transformers import PreTrainedModel
 from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.adapter.lora import copy_saved_modules, loras, saved_parameters
 from tunesmith.adapter.peft_files import stored_adapter
+from tunesmith.answers.load_run import OpenedRun
 from tunesmith.build_model import build_unchanged, define_model
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.sharded import ShardedTensors, is_sharded
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.formats.stored import StoredTensor
-from tunesmith.inference.load_run import OpenedRun
-from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.experts import LORA_SUFFIX
-from tunesmith.model.save_tensors import Read, Source
-from tunesmith.model.stored_form import in_stored_form
-from tunesmith.model.weights import find_stored
+from tunesmith.model.known.dtypes import DTYPES
+from tunesmith.model.layers.experts import LORA_SUFFIX
+from tunesmith.model.weights.save_tensors import Read, Source
+from tunesmith.model.weights.stored_form import in_stored_form
+from tunesmith.model.weights.weights import find_stored
 from tunesmith.quant.linear_layers import set_bypassed
 
 BAND = 16 << 20  # maximum size of a band of rows in fp32, in bytes

@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 
 from tunesmith.adapter.peft_files import read_adapter
+from tunesmith.answers.load_run import locate_run, raise_if_deleted, read_run_files
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.host.files import follow_umask, require_disk_space
-from tunesmith.inference.load_run import locate_run, raise_if_deleted, read_run_files
-from tunesmith.model.names import is_vision_language
-from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tunesmith.model.weights.names import is_vision_language
+from tunesmith.model.weights.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.tools.export.merge import add_files_to_card, write_generation_config
 from tunesmith.tools.export.output import (
     OTHER_DISK,

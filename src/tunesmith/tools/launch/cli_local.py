@@ -101,7 +101,7 @@ def is_finished(recipe: "Run", launched: str) -> bool:
         launched: the verb for the message, such as "started" or "submitted".
     """
     from tunesmith.checkpoint.resume import finished_step
-    from tunesmith.stages.inputs import check_inputs
+    from tunesmith.start.inputs import check_inputs
     from tunesmith.training.result import warn_of_changed_rows
 
     out = Path(recipe.output_dir)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
-from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host.chips import list_gpus
 from tunesmith.host.shell import shell_word
@@ -34,6 +33,7 @@ from tunesmith.launch.ssh import (
     try_on,
 )
 from tunesmith.launch.swarm_job import JOB_LABEL, SwarmJob
+from tunesmith.rows.source.open_source import read_rows
 from tunesmith.tools.launch.inputs import (
     caches,
     check_exposed,

@@ -1,7 +1,7 @@
 """Preparation of a forecast for a run on any machine. Only the recipe and small files are read.
 
 The sizes of the model come from its config.json. The number and length of the rows come from the
-token cache, from the data files, or from the user. `stages/plan.py` prepares the plan of a run
+token cache, from the data files, or from the user. `start/plan.py` prepares the plan of a run
 on the machine that trains.
 """
 
@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.schema import Model, Run
-from tunesmith.data.compare.splits import count_held_out, open_sources, read_splits
-from tunesmith.data.source.open_source import CHARACTERS_PER_TOKEN, count_of_example, is_local
-from tunesmith.data.text.select_template import select_template
-from tunesmith.data.tokens.token_set import TokenSet
-from tunesmith.data.tokens.tokenize import tokenize, too_long_of
 from tunesmith.errors import DataError, ModelError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
-from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.model_types import Support, read_model_types
-from tunesmith.model.safetensors_files import read_model_config
-from tunesmith.model.shapes import vision_of_model
-from tunesmith.model.shipped import check_quantize, resolve_quantize
-from tunesmith.model.spec import ModelSpec
+from tunesmith.model.arch.shapes import vision_of_model
+from tunesmith.model.arch.spec import ModelSpec
+from tunesmith.model.known.model_types import Support, read_model_types
+from tunesmith.model.measuring.measured_spec import model_spec
+from tunesmith.model.weights.safetensors_files import read_model_config
+from tunesmith.model.weights.shipped import check_quantize, resolve_quantize
 from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.run_plan import fit_to_model, shares_prompts
 from tunesmith.planning.workload import Workload, measure_work
-from tunesmith.stages.model import ModelFacts
+from tunesmith.rows.compare.splits import count_held_out, open_sources, read_splits
+from tunesmith.rows.source.open_source import CHARACTERS_PER_TOKEN, count_of_example, is_local
+from tunesmith.start.model import ModelFacts
+from tunesmith.tokens.text.select_template import select_template
+from tunesmith.tokens.token_set import TokenSet
+from tunesmith.tokens.tokenize import tokenize, too_long_of
 from tunesmith.units import ceil_div
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,8 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
     # Import inside the function: Transformers is slow to import, and other plans do not need it.
     from tunesmith.hub.model_files import read_picture_processor
     from tunesmith.hub.picture_support import add_vision
-    from tunesmith.model.load import load_configs
-    from tunesmith.model.tokenizer import load_tokenizer
+    from tunesmith.model.arch.load import load_configs
+    from tunesmith.model.arch.tokenizer import load_tokenizer
 
     _, full_config = load_configs(model.folder, run.model)
     tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, model.folder), run.model)
@@ -168,7 +168,7 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
 
     # Import inside the function: Transformers is slow to import, and other plans do not need it.
     from tunesmith.hub.model_files import read_picture_processor
-    from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+    from tunesmith.model.arch.tokenizer import eos_ids, load_tokenizer
 
     # Ignore errors, because a plan is possible without the tokens. They only make it more exact.
     with suppress(TunesmithError, LookupError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.config.schema import Run
 from tunesmith.host.streams import show
-from tunesmith.model.gguf_writers import describe_gguf_export, gguf_writer
+from tunesmith.model.known.gguf_writers import describe_gguf_export, gguf_writer
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.resolve import checkpoint_bytes, resolve_dtype
@@ -18,7 +18,7 @@ from tunesmith.tools.plan.on_paper import PaperModel, StatedRows, prepare_on_pap
 
 if TYPE_CHECKING:
     # Import only for type checks: Transformers is slow to import, and a plan may not need it.
-    from tunesmith.training.make_recipe import NewRecipe
+    from tunesmith.start.make_recipe import NewRecipe
 
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.reader.compare import Verdict, differing_keys, judge
-from tunesmith.reader.figures import figure_rows
-from tunesmith.reader.run_files import RunFiles, label_apart
 from tunesmith.run_dir import EvalScores, Fields, shown
+from tunesmith.tools.report.compare import Verdict, differing_keys, judge
+from tunesmith.tools.report.figures import figure_rows
+from tunesmith.tools.report.run_files import RunFiles, label_apart
 
 
 @dataclass(frozen=True)

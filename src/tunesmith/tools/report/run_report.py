@@ -10,7 +10,7 @@ from tunesmith.cli.options import report_unreadable
 from tunesmith.errors import UsageError
 from tunesmith.host.streams import show
 from tunesmith.launch.jobs import with_runs_of_folders
-from tunesmith.reader.run_files import RunFiles, label_apart
+from tunesmith.tools.report.run_files import RunFiles, label_apart
 
 
 def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) -> list[RunFiles]:
@@ -38,9 +38,9 @@ def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) 
 def write_page(args: argparse.Namespace) -> None:
     """Write the page about the runs that the command line names. Print which run is better."""
     # Import inside the function: `watch` imports this module but does not need numpy at its start.
-    from tunesmith.reader.compare import judge
-    from tunesmith.reader.page import write_report
+    from tunesmith.tools.report.compare import judge
     from tunesmith.tools.report.comparison import comparison_values
+    from tunesmith.tools.report.page import write_report
 
     output = Path(args.output or "report.html")
     runs = read_runs(args.runs)

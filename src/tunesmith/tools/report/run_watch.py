@@ -13,7 +13,7 @@ from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.launch.job import holds_run
 from tunesmith.launch.jobs import find_job
-from tunesmith.reader.run_files import RunFiles
+from tunesmith.tools.report.run_files import RunFiles
 from tunesmith.tools.report.run_report import read_runs
 from tunesmith.tools.report.server import serve_page
 

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config, Server
 
 from tunesmith.errors import UsageError
-from tunesmith.reader.run_files import RunFiles
+from tunesmith.tools.report.run_files import RunFiles
 
 # Host names that a request may have. Any port is accepted, because `ssh -L` may forward another
 # port.
@@ -70,7 +70,7 @@ class LivePage:
     def _answer(self, request: Request) -> Response:
         """Return the page, or status 304 if the browser already has the newest version."""
         # Import at the first request: the import loads numpy, which is not needed before.
-        from tunesmith.reader.page import render_page
+        from tunesmith.tools.report.page import render_page
 
         if request.scope["path"] != f"/{self.token.decode()}/":
             return Response(status_code=404)

@@ -47,10 +47,10 @@ from tunesmith.run_dir import (
     reason_of,
     weights_step,
 )
+from tunesmith.start.run import StartOptions, joined, start_run
 from tunesmith.tools.sweep.shared_base import SharedBase
 from tunesmith.tools.sweep.space import Space
 from tunesmith.tools.sweep.sweep_file import CandidateResult, FixedValues, SweepResult
-from tunesmith.training.run import StartOptions, joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Size
 

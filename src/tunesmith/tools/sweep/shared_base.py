@@ -15,18 +15,18 @@ import torch
 
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.low_rank import lora_scaling
+from tunesmith.batches.schedule import BatchSchedule
 from tunesmith.build_model import init_adapter, reference_of
 from tunesmith.checkpoint.resume import Start, check_unchanged, find_resumed
 from tunesmith.config.schema import Adapter, Run
-from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.presentation.data import resume_lines
-from tunesmith.presentation.start import choices_line, trained_text
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory
 from tunesmith.runtime.host import keep_threads
-from tunesmith.stages.request import Request
-from tunesmith.training.build import build
+from tunesmith.start.build import build
+from tunesmith.start.lines import choices_line, trained_text
+from tunesmith.start.request import Request
 from tunesmith.training.session import Session, make_optimizer
 
 log = logging.getLogger(__name__)

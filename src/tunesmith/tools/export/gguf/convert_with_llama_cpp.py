@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.answers.load_run import RunLocation, read_run_files
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.host.child_output import exit_text, last_line
 from tunesmith.host.files import require_disk_space
-from tunesmith.inference.load_run import RunLocation, read_run_files
-from tunesmith.model.safetensors_files import Entry, read_json
-from tunesmith.model.save_tensors import JoinedRows, Read, TensorPart, written_bands
-from tunesmith.model.stored_form import MODEL_CONFIG, updated_config
+from tunesmith.model.weights.safetensors_files import Entry, read_json
+from tunesmith.model.weights.save_tensors import JoinedRows, Read, TensorPart, written_bands
+from tunesmith.model.weights.stored_form import MODEL_CONFIG, updated_config
 from tunesmith.tools.export.gguf.converter import PINNED_SHA256, Converter
 from tunesmith.tools.export.gguf.ollama import guard_template
 from tunesmith.tools.export.gguf.plan import add_keys, header_bytes, header_values, padded

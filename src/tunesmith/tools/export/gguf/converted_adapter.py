@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from tunesmith.adapter.peft_files import ADAPTER_CONFIG
 from tunesmith.errors import ModelError
 from tunesmith.host.child_output import exit_text, last_line
-from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
+from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.tools.export.gguf.adapter import (
     BASE_COPY,
     WHOLE_MODEL_FIX,

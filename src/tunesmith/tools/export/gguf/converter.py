@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.host.files import cache_folder, cached_once
 from tunesmith.host.shell import shell_path
-from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST, gguf_writer
+from tunesmith.model.known.architectures import ARCHITECTURES
+from tunesmith.model.known.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST, gguf_writer
 
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 # Value of `Converter.sha256` for the source files in the pinned sdist, which is the tested version.

@@ -18,6 +18,13 @@ import torch
 from jinja2 import TemplateError
 
 from tunesmith.adapter.peft_files import PREFIX, read_adapter
+from tunesmith.answers.load_run import (
+    OpenedRun,
+    locate_run,
+    raise_if_deleted,
+    read_run_files,
+    select_device,
+)
 from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.errors import (
     CheckpointError,
@@ -32,20 +39,13 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.host.packages import pip_install
 from tunesmith.host.shell import shell_command
 from tunesmith.hub.fetch import local_model
-from tunesmith.inference.load_run import (
-    OpenedRun,
-    locate_run,
-    raise_if_deleted,
-    read_run_files,
-    select_device,
-)
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.model.decoder import find_text_model, is_in_text
-from tunesmith.model.gguf_writers import gguf_writer
-from tunesmith.model.names import is_vision_language, name_in_text
-from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS, read_json, weights_digest
-from tunesmith.model.stored_form import MODEL_CONFIG
-from tunesmith.model.stored_tensors import stored_tensors
+from tunesmith.model.known.decoder import find_text_model, is_in_text
+from tunesmith.model.known.gguf_writers import gguf_writer
+from tunesmith.model.weights.names import is_vision_language, name_in_text
+from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS, read_json, weights_digest
+from tunesmith.model.weights.stored_form import MODEL_CONFIG
+from tunesmith.model.weights.stored_tensors import stored_tensors
 from tunesmith.run_dir import read_env
 from tunesmith.tools.export.gguf.adapter import AdapterTarget, GgufBase, plan_adapter
 from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model

@@ -1,4 +1,4 @@
-"""Conversion of model configs to GGUF, for the model families of `model/architectures.py`.
+"""Conversion of model configs to GGUF, for the model families of `model/known/architectures.py`.
 
 The functions return tensor names and header values. They refuse families that llama.cpp does not
 support, and settings for which GGUF has no key. With such a setting llama.cpp would load the file
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tunesmith.errors import ModelError
-from tunesmith.model.architectures import ARCHITECTURES, GgufFamily
+from tunesmith.model.known.architectures import ARCHITECTURES, GgufFamily
 
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 # Fixes for errors: what the user can do if GGUF export does not support the model.

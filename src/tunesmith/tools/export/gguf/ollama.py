@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.answers.load_run import OpenedRun
 from tunesmith.errors import ModelError
-from tunesmith.inference.load_run import OpenedRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

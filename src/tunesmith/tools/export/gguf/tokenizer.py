@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from tunesmith.answers.load_run import OpenedRun
 from tunesmith.errors import ModelError
 from tunesmith.hub.gguf_tokenizer import (
     NOT_STRIPPED,
@@ -25,7 +26,6 @@ from tunesmith.hub.gguf_tokenizer import (
     TokenType,
     served_splits,
 )
-from tunesmith.inference.load_run import OpenedRun
 from tunesmith.tools.export.gguf.families import SERVE_FOLDER, ModelConfig
 
 # Scores of tokens that no merge produces: the first is for added and special tokens, the second for
