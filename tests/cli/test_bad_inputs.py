@@ -176,7 +176,7 @@ def test_a_fault_of_tokens_is_told_before_the_model_is_built(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        "tunesmith.training.session.build_model", lambda *_, **__: pytest.fail("built")
+        "tunesmith.start.session.build_model", lambda *_, **__: pytest.fail("built")
     )
     done = invoke("train", "recipe.yaml", *overrides.split("; "))
     assert done.code == EXIT_USAGE

@@ -21,6 +21,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
+from tunesmith.start import session, trainer
 from tunesmith.tools.bench import selfcheck
 from tunesmith.tools.bench.selfcheck import (
     CHANGED_CHECK,
@@ -31,7 +32,6 @@ from tunesmith.tools.bench.selfcheck import (
     RESUME_CHECK,
     SelfCheck,
 )
-from tunesmith.training import session, trainer
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 
 pytestmark = pytest.mark.long

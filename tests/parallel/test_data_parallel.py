@@ -23,8 +23,9 @@ from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_qwen3_moe
 from tunesmith.formats.fp8 import select_scaling
 from tunesmith.formats.scaled_matmul import TENSOR_WISE
 from tunesmith.parallel import copies, mesh
+from tunesmith.start import session
 from tunesmith.start.run import train
-from tunesmith.training import answer_sampler, session
+from tunesmith.training import answer_sampler
 from untied import write_untied
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]

@@ -25,8 +25,8 @@ from tunesmith.formats import fp8
 from tunesmith.optim import adamw
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
+from tunesmith.start import session as session_module
 from tunesmith.start.run import train
-from tunesmith.training import session as session_module
 
 pytestmark = pytest.mark.slow
 

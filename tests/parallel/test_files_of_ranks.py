@@ -26,7 +26,7 @@ from tunesmith.model.weights.weights import copy_full_tensor
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import possible_shapes
 from tunesmith.planning.resolve import inference_plan
-from tunesmith.training.session import make_optimizer
+from tunesmith.start.session import make_optimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

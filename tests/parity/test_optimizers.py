@@ -15,7 +15,8 @@ from recipes import make_run
 from tunesmith.config.schema import Run
 from tunesmith.errors import NonFiniteError
 from tunesmith.start.run import train
-from tunesmith.training.session import Session, write_identity
+from tunesmith.training.identity import write_identity
+from tunesmith.training.session import Session
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +110,7 @@ def test_in_the_backward_a_loss_that_is_not_finite_stops_with_finite_weights(
         sessions.append(session)
         write_identity(session, argv)
 
-    monkeypatch.setattr("tunesmith.training.session.write_identity", kept)
+    monkeypatch.setattr("tunesmith.training.identity.write_identity", kept)
     run = full(tiny, tmp_path, "run", optimizer_in_backward=True, learning_rate=1e37)
     with refuses(NonFiniteError, cause="not-finite", names=["gradient"]):
         go(run)

@@ -27,7 +27,8 @@ from tunesmith.planning import compare_eight_bit
 from tunesmith.quant.replace import convert_to_eight_bit
 from tunesmith.start.build import build
 from tunesmith.start.request import Request
-from tunesmith.training.session import Session, first_batches
+from tunesmith.start.session import first_batches
+from tunesmith.training.session import Session
 
 CPU = torch.device("cpu")
 

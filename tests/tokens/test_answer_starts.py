@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from chat_tokenizers import train, wordpiece
 from errors import holds, refuses
 from recipes import make_run
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.errors import ModelError
 from tunesmith.presentation.data import data_warnings
 from tunesmith.rows.samples import Completion
-from tunesmith.start.prepare import TrainingData, prepare_data
+from tunesmith.start.prepare import prepare_data
 from tunesmith.tokens.text.align import Aligner, CharSpan
 from tunesmith.tokens.text.row_warnings import ROW_WARNINGS
 from tunesmith.tokens.text.template import Template

@@ -18,11 +18,12 @@ from chat_table import turns
 from errors import refuses
 from recipes import make_run
 from tunesmith.batches import pixels
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.schema import Data, Source
 from tunesmith.errors import DataError, ModelError
 from tunesmith.rows.pictures import picture_digest, scaled_size
 from tunesmith.rows.samples import PICTURE_MARK, Conversation, Picture, pictures_of
-from tunesmith.start.prepare import TrainingData, prepare_data
+from tunesmith.start.prepare import prepare_data
 from tunesmith.tokens.text.placeholders import PictureProcessor
 from tunesmith.tokens.text.select_template import select_template
 from tunesmith.tokens.text.template import Template

@@ -16,6 +16,7 @@ from errors import check_shown, holds, lines_with, refuses
 from invoke import Output, invoke
 from recipes import make_run
 from rows import alpaca
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.dump import differences
 from tunesmith.config.schema import Source
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
@@ -23,7 +24,7 @@ from tunesmith.presentation.data import data_warnings, start_data_lines
 from tunesmith.rows.formats import convert_row
 from tunesmith.rows.samples import Completion, Conversation
 from tunesmith.start.inputs import check_inputs
-from tunesmith.start.prepare import TrainingData, prepare_data
+from tunesmith.start.prepare import prepare_data
 from tunesmith.tokens import workers
 from tunesmith.tokens.text.row_warnings import row_warnings
 from tunesmith.tokens.text.template import Template

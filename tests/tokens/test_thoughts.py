@@ -17,11 +17,12 @@ from conftest import byte_tokenizer
 from errors import refuses
 from recipes import make_run
 from stored_templates import encode, encoder_of, supervised_texts, tokenizer_of
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.schema import Data, Source
 from tunesmith.errors import DataError
 from tunesmith.presentation.data import data_warnings
 from tunesmith.rows.samples import Conversation
-from tunesmith.start.prepare import TrainingData, prepare_data
+from tunesmith.start.prepare import prepare_data
 from tunesmith.tokens.text.row_warnings import ROW_WARNINGS
 from tunesmith.tokens.text.select_template import select_template
 from tunesmith.tokens.text.template import Template, TrainOn

@@ -25,9 +25,9 @@ from tunesmith.errors import DataError, ModelError, StoppedError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.run_figures import explain_equal_rewards
 from tunesmith.presentation.rollouts import read_groups, rollout_lines
+from tunesmith.start import session
 from tunesmith.start.run import train
 from tunesmith.training import rollouts as rollouts_module
-from tunesmith.training import session
 from tunesmith.training.result import Result
 
 pytestmark = pytest.mark.slow

@@ -21,8 +21,8 @@ from tunesmith.host.signals import LowMemory
 from tunesmith.methods.base import TrainModel
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.start import run as start
+from tunesmith.start import session
 from tunesmith.start.run import train
-from tunesmith.training import session
 from tunesmith.training.result import stopped_by
 from warm import run_warm
 

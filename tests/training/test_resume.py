@@ -198,7 +198,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
         # Its errors are caught, whatever they are.
         ("transformers.AutoTokenizer.from_pretrained", "SIGTERM"),
         ("tunesmith.tokens.encode.convert_row", "SIGUSR1"),
-        ("tunesmith.training.session.build_model", "SIGINT"),
+        ("tunesmith.start.session.build_model", "SIGINT"),
         ("tunesmith.metrics.sink.JsonlSink.open", "SIGHUP"),
     ],
 )
@@ -231,7 +231,7 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(tiny, tmp_path,
             if kind is StoppedError:
                 patch.setattr(Validation, "measure", stopped_while_measuring)
             else:
-                stop_while(patch, "tunesmith.training.session.build_model")
+                stop_while(patch, "tunesmith.start.session.build_model")
             with refuses(kind, names=["step 2"]):
                 train(run, quiet=True)
         assert RunFiles(folder).steps == 2

@@ -163,7 +163,7 @@ def chosen_recipe(
     ]
     draft = draft_recipe(args.model, args.data[0], words)
     with loading_libraries():
-        from tunesmith.presentation.data import draft_lines
+        from tunesmith.start.lines import draft_lines
     for line in draft_lines(draft):
         log.info(line)
     on_draft(draft.run)

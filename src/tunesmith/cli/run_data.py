@@ -11,14 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.schema import Run
 from tunesmith.host.streams import show, visible, width_of
-from tunesmith.presentation.data import data_lines, data_warnings, histogram, reward_lines
+from tunesmith.presentation.data import data_lines, data_warnings, histogram
 from tunesmith.rows.compare.row_checks import ROW_FAULTS, place
 from tunesmith.rows.compare.splits import Splits
 from tunesmith.start.inputs import read_inputs
+from tunesmith.start.lines import reward_lines
 from tunesmith.start.model import ModelFacts
-from tunesmith.start.prepare import TrainingData
 from tunesmith.start.request import Request
 from tunesmith.start.rewards import own_rewards
 from tunesmith.tokens.token_set import SourceTokens, TokenSet

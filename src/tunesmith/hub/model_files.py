@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tunesmith.config.schema import Model, Run
 from tunesmith.host.signals import loading_libraries
 from tunesmith.hub.fetch import tokenizer_folder
-from tunesmith.model.arch.config_facts import check_config
+from tunesmith.model.arch.check_config import check_config
 from tunesmith.model.arch.spec import ModelSpec, stated_position_limit
 from tunesmith.model.arch.text_config import has_own_class
 from tunesmith.model.arch.tokenizer import load_original_tokenizer, vocab_rows

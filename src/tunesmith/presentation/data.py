@@ -6,13 +6,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.config.schema import FEW_STEPS, Train
-from tunesmith.host.demo_model import DEMO_DESCRIPTION
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.rows.columns import plain
 from tunesmith.rows.compare.row_checks import place
@@ -32,10 +30,8 @@ from tunesmith.units import ceil_div, count_of
 if TYPE_CHECKING:
     # Import only for type checks: it imports Transformers, which is slow and which a plan does not
     # need.
+    from tunesmith.batches.training_data import TrainingData
     from tunesmith.checkpoint.resume import Resumed
-    from tunesmith.start.draft import Draft
-    from tunesmith.start.prepare import TrainingData
-    from tunesmith.start.rewards import OwnRewards
 
 # Maximum fraction of a source's tokens that can be lost without a warning. Tokens are lost if rows
 # are truncated or dropped.
@@ -47,20 +43,6 @@ MIN_VALIDATION_FRACTION = 0.5
 # Number of bars in the histogram of lengths, and the length of the longest bar in columns.
 _BARS = 16
 _BAR_COLUMNS = 40
-
-
-def draft_lines(draft: Draft) -> Iterator[str]:
-    """Yield lines about the rows of a new recipe, and about the demo model if it is used."""
-    if draft.uses_demo_model:
-        yield f"model: the demo's: {DEMO_DESCRIPTION}"
-    yield draft.about_data
-    # The split of a file is derived from the file's name, which may be misleading.
-    if draft.unused_splits:
-        others = [f"{name} ({rows:,})" for name, rows in draft.unused_splits.items()]
-        yield (
-            f"{draft.run.data.train[0].source}: only the split train is used for training; the "
-            f"unused splits and their numbers of rows are: {', '.join(others)}"
-        )
 
 
 def start_data_lines(data: TrainingData, *, why: bool = False) -> Iterator[str]:
@@ -214,20 +196,6 @@ def source_figures(data: TrainingData, split: str, part: SourceTokens) -> Iterat
             f"{counts.scaled_pictures:,} of them scaled down (data.image_max_pixels: "
             f"{data.run.data.image_max_pixels})"
         )
-
-
-def reward_lines(own: OwnRewards | None) -> Iterator[str]:
-    """Yield lines about the rewards of the rows' own answers."""
-    if own is None:
-        yield "rewards: the rows have no own answers that could be scored"
-        return
-    yield (
-        f"rewards: the own answers of the first {count_of(len(own.values), 'row')} have the mean "
-        f"reward {fmean(own.values):.3f}"
-    )
-    if own.zeros:
-        places = ", ".join(map(relative_to_cwd, own.zeros[:SHOWN_PLACES]))
-        yield f"warning: {count_of(len(own.zeros), 'own answer')} with the reward 0, first {places}"
 
 
 def layout_lines(sources: Iterable[Rows]) -> list[str]:

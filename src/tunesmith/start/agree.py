@@ -33,8 +33,8 @@ from tunesmith.model.weights.safetensors_files import ENDS_AND_MIDDLE, read_head
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
+    from tunesmith.batches.training_data import TrainingData
     from tunesmith.hub.model_files import ModelFiles
-    from tunesmith.start.prepare import TrainingData
     from tunesmith.start.tokens import TokenFacts
 
 NEXT_LINE = "\n         "  # aligns with the text after `  where: `

@@ -53,7 +53,7 @@ def build_from_tokens(
         from tunesmith.parallel.mesh import Mesh
         from tunesmith.start.lines import machine_lines, planned_lines, session_lines
         from tunesmith.start.plan import find_machine, make_plan
-        from tunesmith.training.session import open_session
+        from tunesmith.start.session import open_session
     machine = find_machine(tokens, ranks)
     log_lines(machine_lines(machine))
     planned = make_plan(machine, ranks)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from tunesmith.config.schema import Run
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model.arch.config_facts import check_config, read_config_facts
+from tunesmith.model.arch.check_config import check_config
+from tunesmith.model.arch.config_facts import read_config_facts
 from tunesmith.model.arch.spec import ModelSpec
 from tunesmith.model.arch.tokenizer import load_tokenizer, vocab_rows
 from tunesmith.model.known.architectures import ARCHITECTURES

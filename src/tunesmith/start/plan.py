@@ -16,6 +16,7 @@ from rich.filesize import decimal as size_text
 from transformers import PreTrainedModel
 
 from tunesmith.adapter.peft_files import read_adapter
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.build_model import count_trained, define_model
 from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import Start, check_unchanged
@@ -42,7 +43,6 @@ from tunesmith.quant.schemes import DENSE, NF4, scheme_of
 from tunesmith.run_dir import Phase
 from tunesmith.runtime.device import chip_of, choose_device, free_device_memory
 from tunesmith.start.agree import check_same_inputs
-from tunesmith.start.prepare import TrainingData
 from tunesmith.start.request import Request
 from tunesmith.start.tokens import TokenFacts
 from tunesmith.tokens.text.template import tokenizer_hash

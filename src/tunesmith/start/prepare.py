@@ -4,21 +4,22 @@ The commands `train` and `data` both call `prepare_data`.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.batches.pixels import PixelReader
 from tunesmith.batches.schedule import BatchSchedule
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.schema import Data, Run
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.rows.compare.row_checks import check_across
-from tunesmith.rows.compare.splits import OpenedRows, Splits, read_checked_splits, read_splits
+from tunesmith.rows.compare.splits import OpenedRows, read_checked_splits, read_splits
 from tunesmith.run_dir import with_earlier_runs
-from tunesmith.tokens.contract import Contract, CutAnswers, check_tokens
+from tunesmith.tokens.contract import CutAnswers, check_tokens
 from tunesmith.tokens.text.select_template import select_template
 from tunesmith.tokens.text.template import Template
 from tunesmith.tokens.token_set import (
@@ -34,58 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tunesmith.tokens.text.placeholders import PictureProcessor
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The examples of a run, their batch schedule, and the results of all checks.
-
-    Attributes:
-        validation: the validation examples, or None if there are none.
-        duplicates: training examples that repeat an earlier training example.
-        overlap: validation examples that are also training examples.
-        splits: the training rows and the validation rows, with the problems that were found in
-            them.
-        across: pairs of near-duplicates. The first row number is from `data.validation` and the
-            second is from `data.train`. Rows are counted over all sources of a split.
-        validation_digest: sha256 (hex) of all validation examples, including examples that
-            `validate.max_examples` excludes.
-        position_limit: maximum sequence length of the model, or None if it has no limit.
-    """
-
-    run: Run
-    train: TokenSet
-    validation: TokenSet | None
-    template: Template
-    schedule: BatchSchedule
-    contracts: tuple[Contract, ...]
-    duplicates: Repeats
-    overlap: Repeats
-    splits: Splits
-    across: tuple[tuple[int, ...], ...] = ()
-    validation_digest: str | None = None
-    position_limit: int | None = None
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of the training examples: tokens, mask, order in the source, and weights."""
-        return self.train.counts.digest
-
-    def repeated(self, steps: int) -> Self:
-        """Return the data with repeated examples, so that the first `steps` steps are full."""
-        schedule = self.schedule
-        repeats = self.train.repeats
-        while schedule.ends_short and schedule.steps_per_epoch(0) <= steps:
-            repeats = repeats * 2
-            schedule = BatchSchedule(self.run, self.train, repeats)
-        return replace(self, schedule=schedule)
-
-    def sources(self) -> list[tuple[str, SourceTokens]]:
-        """Return each source with the name of its split, `train` or `validation`."""
-        sources = [("train", part) for part in self.train.parts]
-        if self.validation is not None:
-            sources += [("validation", part) for part in self.validation.parts]
-        return sources
 
 
 def prepare_data(
@@ -133,7 +82,7 @@ def prepare_data(
     if pictures is not None:
         reader = PixelReader(pictures)
         for tokens in token_sets.values():
-            tokens.pictures = reader
+            tokens.pictures = reader.of
     train = token_sets["train"]
     validation = token_sets.get("validation")
     validation_digest = None

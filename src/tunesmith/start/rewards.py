@@ -13,12 +13,12 @@ from tunesmith.answers.scoring.process import ScorerProcess
 from tunesmith.answers.scoring.reward import Reward
 from tunesmith.answers.scoring.rows import make_scored_row, own_text, prompted_row
 from tunesmith.answers.scoring.scorers import SCORERS, RewardedAnswer, check_scorer_names
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.schema import Run
 from tunesmith.errors import DataError, RecipeError, RunError
 from tunesmith.model.known.model_types import Support
 from tunesmith.rows.formats import convert_row
 from tunesmith.rows.messages import has_answer
-from tunesmith.start.prepare import TrainingData
 from tunesmith.start.rows import RowFacts
 from tunesmith.start.scorer_names import errors_of_reward
 

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.checkpoint.resume import Resumed, Start, check_unchanged, find_resumed
 from tunesmith.checkpoint.start_adapter import adapter_digest
 from tunesmith.config.schema import Run
 from tunesmith.model.arch.tokenizer import eos_ids
 from tunesmith.planning.run_plan import shares_prompts
 from tunesmith.start.model import ModelFacts
-from tunesmith.start.prepare import TrainingData, prepare_data
+from tunesmith.start.prepare import prepare_data
 from tunesmith.tokens.contract import CutAnswers
 
 

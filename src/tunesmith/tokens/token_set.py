@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,10 +13,7 @@ from tunesmith.rows.formats import convert_sample
 from tunesmith.rows.samples import Sample, texts_by_role
 from tunesmith.rows.source.open_source import Rows
 from tunesmith.tokens.cache import TokenArrays
-from tunesmith.tokens.text.example import Example
-
-if TYPE_CHECKING:
-    from tunesmith.batches.pixels import PixelReader
+from tunesmith.tokens.text.example import Example, RowPictures
 
 # Number of examples that are read in order before their memory pages are released
 RELEASE_EXAMPLES = 1 << 14
@@ -195,14 +192,15 @@ class TokenSet:
             other rows (`mismatched.py`). Training has one fp64 array [examples] for each optimizer
             step, and validation has only one array. None if unknown.
         shares_prompts: whether packed rows store the common prompt of a pair once.
-        pictures: source of the pixels. None if the pixels are not needed.
+        pictures: returns the pictures of an example from its source, its index in the source and
+            the digests of the pictures. None if the pixels are not needed.
         picture_id: id of the placeholder token of pictures. None if the rows have no pictures.
     """
 
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
         self.shares_prompts = False
-        self.pictures: PixelReader | None = None
+        self.pictures: Callable[[SourceTokens, int, Sequence[int]], RowPictures] | None = None
         self.picture_id: int | None = None
         self.reference: np.ndarray | None = None
         self.mismatched_reference: Sequence[np.ndarray] | None = None
@@ -297,7 +295,7 @@ class TokenSet:
         if self.shares_prompts:
             example = example._replace(shared=int(self.shared[i]))
         if self.pictures is not None and example.digests:
-            example = example._replace(pictures=self.pictures.of(part, at, example.digests))
+            example = example._replace(pictures=self.pictures(part, at, example.digests))
         if self.reference is not None:
             example = example._replace(reference=tuple(self.reference[i].tolist()))
         return example

@@ -23,6 +23,7 @@ import torch
 
 from tunesmith.batches.loader import Loader
 from tunesmith.batches.mismatched import mismatched_of_all
+from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.schema import Run
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
@@ -33,7 +34,6 @@ from tunesmith.methods.pairs import answer_logprobs
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.parallel.shard import reshard
 from tunesmith.run_dir import Phase
-from tunesmith.start.prepare import TrainingData
 from tunesmith.tokens.token_set import TokenSet
 from tunesmith.units import count_of
 

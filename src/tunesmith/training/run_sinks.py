@@ -90,7 +90,7 @@ def write_first_files(
         last_step -= 1
     sinks.open(session.recipe, last_step)
     if ranks.is_run_dir_writer:
-        from tunesmith.training.session import write_identity  # imports torch
+        from tunesmith.training.identity import write_identity
 
         # Only rank 0 stores the command line.
         write_identity(session, argv if ranks.is_main_process else None)

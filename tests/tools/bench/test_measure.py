@@ -21,7 +21,8 @@ from tunesmith.start.build import build as session_of
 from tunesmith.start.request import Request
 from tunesmith.start.run import train
 from tunesmith.tools.bench.measure import BenchPlan, Measured, measure
-from tunesmith.training.session import Session, write_identity
+from tunesmith.training.identity import write_identity
+from tunesmith.training.session import Session
 from tunesmith.units import Length
 
 pytestmark = pytest.mark.slow

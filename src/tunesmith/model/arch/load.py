@@ -30,7 +30,7 @@ from transformers import (
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.model.arch.config_facts import check_config
+from tunesmith.model.arch.check_config import check_config
 from tunesmith.model.arch.spec import one_line
 from tunesmith.model.arch.text_config import has_own_class, text_part
 from tunesmith.model.known.decoder import drop_other_parts, find_projector, vision_parameters

@@ -53,7 +53,7 @@ from tunesmith.run_dir import Phase
 from tunesmith.start.agree import check_same_recipe
 from tunesmith.start.build import build
 from tunesmith.start.request import Request
-from tunesmith.training.session import write_identity
+from tunesmith.training.identity import write_identity
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
 

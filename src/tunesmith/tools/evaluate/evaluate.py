@@ -637,7 +637,7 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
         data = Data(train=sources, seq_len=min(loaded.context or 1 << 20, 1 << 20))
     tokens = tokenize(parts, data, loaded.template, cache=None, what="eval")
     if loaded.template.pictures is not None:
-        tokens.pictures = PixelReader(loaded.template.pictures)
+        tokens.pictures = PixelReader(loaded.template.pictures).of
     if not len(tokens):
         raise UsageError(
             "no row can be scored",

@@ -27,7 +27,8 @@ from tunesmith.runtime.host import keep_threads
 from tunesmith.start.build import build
 from tunesmith.start.lines import choices_line, trained_text
 from tunesmith.start.request import Request
-from tunesmith.training.session import Session, make_optimizer
+from tunesmith.start.session import make_optimizer
+from tunesmith.training.session import Session
 
 log = logging.getLogger(__name__)
 
