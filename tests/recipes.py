@@ -11,7 +11,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 
 if TYPE_CHECKING:
-    from tunesmith.methods.base import TrainModel
+    from tunesmith.train_model import TrainModel
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "juniper"]
 
@@ -107,9 +107,11 @@ def built_model(run: Run, folder: Path, **options: Any) -> TrainModel:
 
     from tunesmith.build_model import build_model
     from tunesmith.hub.model_files import read_model_files
+    from tunesmith.methods import make_method
     from tunesmith.planning.resolve import inference_plan
 
     files = read_model_files(folder, run.model)
     run = replace(run, model=files.model)
+    options.setdefault("method", make_method(run.method))
     model, _ = build_model(run, files, inference_plan(run, files, torch.device("cpu")), **options)
     return model

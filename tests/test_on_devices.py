@@ -24,6 +24,7 @@ from tunesmith.adapter import lora
 from tunesmith.batches.batch import collate
 from tunesmith.build_model import build_model
 from tunesmith.hub.model_files import read_model_files
+from tunesmith.methods import make_method
 from tunesmith.model.layers.attention import attend
 from tunesmith.model.layers.documents import Documents
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
@@ -152,7 +153,13 @@ def test_recompute_is_calibrated_without_running_out_of_memory(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     run = make_run(tmp_path, tmp_path, held=False, model={"dtype": "bf16"})
     files = read_model_files(tmp_path, run.model)
-    model, _ = build_model(run, files, inference_plan(run, files, device), weights="random")
+    model, _ = build_model(
+        run,
+        files,
+        inference_plan(run, files, device),
+        method=make_method(run.method),
+        weights="random",
+    )
     model.train()
     example = Example(np.arange(1024, dtype=np.int32) % 250, np.arange(1024) > 1000)
     batch = collate([[example] * (tokens // 1024)], length=tokens, pad_id=0, max_document=1024)

@@ -35,7 +35,6 @@ from tunesmith.config.schema import Adapter, MethodConfig, Train
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import make_method
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.known.decoder import drop_other_parts
 from tunesmith.model.known.model_types import ModelType, measured_with, read_model_types
 from tunesmith.model.layers.fused import fuse_modules
@@ -46,6 +45,7 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
 from tunesmith.quant.linear_layers import set_bypassed
+from tunesmith.train_model import TrainModel
 
 # Folder of the tests' module `ranks`
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))

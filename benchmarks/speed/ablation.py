@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from tunesmith import build_model
+from tunesmith import train_model as base
 from tunesmith.adapter import lora
 from tunesmith.batches.batch import Batch
 from tunesmith.cli.main import main as tunesmith
 from tunesmith.formats import nf4
-from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model.layers import attention, fused, packed_attention
 from tunesmith.quant import expert_rows, grouped_experts

@@ -41,13 +41,13 @@ from tunesmith.answers.sampler import Prompt
 from tunesmith.build_model import build_model
 from tunesmith.hub.fetch import spec_of_folder
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model.arch.shapes import find_shape
 from tunesmith.planning.resolve import inference_plan, resolve_dtype
 from tunesmith.runtime.device import chip_of, choose_device
 from tunesmith.runtime.host import bound_shape_caches
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
+from tunesmith.train_model import TrainModel
 
 PROFILED = 3  # tokens
 PROFILED_AFTER = 8  # tokens that are decoded before the profiled ones

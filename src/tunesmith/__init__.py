@@ -97,8 +97,8 @@ __all__ = [
 # Maps each public name to the module that defines it. No module directly in the package may have
 # one of these names: importing such a module would replace the function of the same name.
 _MODULES = {
-    "train": "training.run",
-    "load_run": "inference.load_run",
+    "train": "start.run",
+    "load_run": "answers.load_run",
     "generate": "tools.evaluate.generate",
     "evaluate": "tools.evaluate.evaluate",
     "merge": "tools.export.merge",
@@ -107,10 +107,10 @@ _MODULES = {
     "plan": "cli.from_python",
     "inspect_data": "cli.from_python",
     "sweep": "cli.from_python",
-    "Decoding": "inference.decoding",
+    "Decoding": "answers.decoding",
     "Result": "training.result",
     "StepRecord": "metrics.record",
-    "LoadedModel": "inference.load_run",
+    "LoadedModel": "answers.load_run",
     "Evaluation": "tools.evaluate.evaluate",
     "Merged": "tools.export.merge",
     "Comparison": "tools.report.comparison",

@@ -25,8 +25,6 @@ from tunesmith.errors import RecipeError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import loss_and_grad
-from tunesmith.methods import make_method
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.arch import load
 from tunesmith.model.known.decoder import find_text_model
 from tunesmith.model.known.dtypes import DTYPES
@@ -51,6 +49,7 @@ from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_shape_caches, keep_freed_pages
 from tunesmith.runtime.recompute import OffloadedLayer, recompute_layers
 from tunesmith.runtime.stream import LayerStream
+from tunesmith.train_model import Method, TrainModel
 from tunesmith.units import ceil_div
 
 # The number of rows of embedding and output layer is rounded up to a multiple of this number,
@@ -116,6 +115,7 @@ def build_model(
     files: ModelFiles,
     plan: RunPlan,
     *,
+    method: Method | None = None,
     model: PreTrainedModel | None = None,
     weights: Path | Literal["random"] | None = None,
     adapter: Path | None = None,
@@ -129,6 +129,7 @@ def build_model(
         run: the recipe.
         files: the files of the base model.
         plan: the plan of the run for this machine.
+        method: the method that computes the loss. None if no loss is computed.
         model: the model from `define_model`, on the meta device. It is changed in place. None
             calls `define_model`.
         weights: the folder of the safetensors files. None means `files.folder`. If "random", the
@@ -169,7 +170,7 @@ def build_model(
     loss_fn = compilation.compile_loss(loss_and_grad) if plan.compiled else loss_and_grad
     root = TrainModel(
         model,
-        make_method(run.method),
+        method,
         attention_backend=plan.attention,
         recurrent=files.support.recurrent,
         loss_and_grad_fn=loss_fn,

@@ -18,9 +18,9 @@ from tunesmith.answers.decoding import Decoding
 from tunesmith.answers.load_run import LoadedModel, load_run
 from tunesmith.answers.sampler import Prompt
 from tunesmith.errors import UsageError
-from tunesmith.methods.base import evaluating
 from tunesmith.start.build import build
 from tunesmith.start.request import Request
+from tunesmith.train_model import evaluating
 from tunesmith.training.answer_sampler import SAMPLE_TOKENS, sample_answers
 
 TEXTS = ["a", "hello there", "Count to 7", "x" * 40, "end", "b?", "1 2 3", "zz", "q", "long " * 9]

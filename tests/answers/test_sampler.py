@@ -20,8 +20,8 @@ from tunesmith.answers.sampler import (
     uniforms,
 )
 from tunesmith.batches.layout import Layout
-from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.tokens.text.example import Example
+from tunesmith.train_model import TrainModel, supervised_positions
 
 PROMPTS = [
     Prompt([9 + (7 * i + n) % 200 for n in range(length)], row=i)

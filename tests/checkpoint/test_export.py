@@ -24,10 +24,10 @@ from tunesmith.checkpoint.contents import tokenizer_files, write_checkpoint, wri
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import MethodConfig, Run
 from tunesmith.methods import make_method
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.arch.tokenizer import eos_ids
 from tunesmith.model.weights.save_tensors import MAX_PIECE_BYTES
 from tunesmith.tokens.text.select_template import select_template
+from tunesmith.train_model import TrainModel
 
 pytestmark = pytest.mark.slow
 

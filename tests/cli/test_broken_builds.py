@@ -17,11 +17,10 @@ from ranks import run_ranks
 from tunesmith import build_model
 from tunesmith.batches.loader import GlobalBatch
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.methods.base import TrainModel
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
-from tunesmith.start import session, trainer
+from tunesmith.start import session
 from tunesmith.tools.bench import selfcheck
 from tunesmith.tools.bench.selfcheck import (
     CHANGED_CHECK,
@@ -32,6 +31,8 @@ from tunesmith.tools.bench.selfcheck import (
     RESUME_CHECK,
     SelfCheck,
 )
+from tunesmith.train_model import TrainModel
+from tunesmith.training import trainer
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 
 pytestmark = pytest.mark.long

@@ -160,7 +160,7 @@ def test_a_signal_ends_the_workers_without_a_word(tiny: Path, tmp_path: Path) ->
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom tunesmith.data.tokens import workers\nfrom tunesmith.cli.main import main\n"
+        "import sys\nfrom tunesmith.tokens import workers\nfrom tunesmith.cli.main import main\n"
         "print('once', flush=True)\nworkers.available_cores = lambda: 2\n"
         f"sys.argv[1:] = ['train', {str(tmp_path / 'recipe.yaml')!r}]\nsys.exit(main())\n"
     )

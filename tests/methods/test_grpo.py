@@ -17,10 +17,10 @@ from tunesmith.batches.layout import Layout
 from tunesmith.config.schema import MethodConfig
 from tunesmith.errors import RunError
 from tunesmith.methods import make_method
-from tunesmith.methods.base import StepTotals, TrainModel
-from tunesmith.methods.grpo import answer_weights
+from tunesmith.methods.grpo.groups import group_examples
+from tunesmith.methods.grpo.loss import answer_weights
 from tunesmith.tokens.text.example import Example
-from tunesmith.training.answer_groups import group_examples
+from tunesmith.train_model import StepTotals, TrainModel
 
 GROUP = 4
 PROMPTS = [Prompt([9, 8, 7, 6, 5]), Prompt([30 + n for n in range(17)]), Prompt([3])]

@@ -22,8 +22,8 @@ from tunesmith.batches.layout import Layout
 from tunesmith.batches.mismatched import mismatched_examples
 from tunesmith.config.schema import MethodConfig
 from tunesmith.methods import make_method
-from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.tokens.text.example import Example
+from tunesmith.train_model import StepTotals, TrainModel
 
 TOLERANCE = 1e-9
 

@@ -21,7 +21,6 @@ from tunesmith.batches.batch import Batch, collate
 from tunesmith.config.schema import Adapter, MethodConfig
 from tunesmith.errors import ModelError
 from tunesmith.methods import make_method
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.known.architectures import ARCHITECTURES
 from tunesmith.model.known.decoder import Head, find_decoder, find_head, find_layers, head_fits
 from tunesmith.model.layers.fused import (
@@ -35,6 +34,7 @@ from tunesmith.model.layers.fused import (
 from tunesmith.model.layers.recurrent import run_by_document
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.tokens.text.example import Example
+from tunesmith.train_model import TrainModel
 
 from . import families
 

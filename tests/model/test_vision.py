@@ -29,7 +29,6 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.hub.picture_support import ReadyPixels, make_picture_row
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.arch.load import build_on_meta
 from tunesmith.model.known.decoder import (
     find_decoder,
@@ -43,6 +42,7 @@ from tunesmith.model.measuring.picture_flops import count_picture_flops
 from tunesmith.tokens.text.example import Example, Pixels
 from tunesmith.tokens.text.placeholders import PictureProcessor
 from tunesmith.tools.evaluate.evaluate import evaluate
+from tunesmith.train_model import TrainModel
 
 pytestmark = pytest.mark.slow
 

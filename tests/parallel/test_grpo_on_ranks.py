@@ -54,7 +54,7 @@ def numbers(
     model: Path, folder: Path, changes: dict[str, Any], at_once: int
 ) -> list[dict[str, float]]:
     import tunesmith.model.layers.slots
-    from tunesmith.training import rollouts
+    from tunesmith.methods.grpo import rollouts
 
     tunesmith.model.layers.slots.ANSWERS_AT_ONCE = at_once
     sampled = []
@@ -99,7 +99,7 @@ def test_two_ranks_do_what_one_does(tiny: Path, tmp_path: Path) -> None:
 def stopped_in_step_2(model: Path, folder: Path) -> dict[int, list[float]]:
     """The times at which this rank draws tokens in each step, from the signal that rank 1 gets."""
     import tunesmith.model.layers.slots
-    from tunesmith.training import rollouts
+    from tunesmith.methods.grpo import rollouts
 
     tunesmith.model.layers.slots.ANSWERS_AT_ONCE = 4
     times: dict[int, list[float]] = {}

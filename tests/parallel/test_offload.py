@@ -24,7 +24,7 @@ from tunesmith.build_model import build_model
 from tunesmith.config.schema import Run
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.methods.base import TrainModel
+from tunesmith.methods import make_method
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel import shard
 from tunesmith.parallel.mesh import DIMENSIONS, Mesh
@@ -33,6 +33,7 @@ from tunesmith.planning import memory
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.runtime import recompute
 from tunesmith.start.run import train
+from tunesmith.train_model import TrainModel
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +115,7 @@ def built(run: Run, mesh: Mesh, device: torch.device, *offload: str) -> TrainMod
     files = read_model_files(Path(run.model.name), run.model)
     plan = inference_plan(run, files, device)
     plan = replace(plan, attention="batched_matmul", recomputed_layers=LAYERS, cpu_offload=offload)
-    return build_model(run, files, plan, mesh=mesh)[0].train()
+    return build_model(run, files, plan, method=make_method(run.method), mesh=mesh)[0].train()
 
 
 def waits_on_host(root: TrainModel, kind: str) -> set[nn.Parameter]:

@@ -19,7 +19,6 @@ from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.methods import make_method
-from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.model.known.decoder import Head
 from tunesmith.model.layers.fused import fuse_modules
 from tunesmith.parallel.mesh import Mesh, MeshShape
@@ -27,6 +26,7 @@ from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
 from tunesmith.quant.replace import replace_by_codes
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.train_model import TrainModel, supervised_positions
 
 pytestmark = pytest.mark.slow
 

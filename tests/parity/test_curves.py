@@ -23,10 +23,10 @@ from recipes import built_model, make_run, rows
 from tunesmith.adapter import peft_files
 from tunesmith.batches.batch import collate
 from tunesmith.config.schema import Run
-from tunesmith.methods.base import TrainModel
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.start.run import train
 from tunesmith.tokens.text.example import Example
+from tunesmith.train_model import TrainModel
 
 pytestmark = pytest.mark.slow
 

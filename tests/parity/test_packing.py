@@ -17,11 +17,11 @@ from recipes import built_model, make_run, write_rows
 from tunesmith.adapter import lora
 from tunesmith.batches.batch import IGNORE, Batch, collate
 from tunesmith.batches.loader import Loader
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.arch.tokenizer import eos_ids, load_tokenizer
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.start.prepare import prepare_data
 from tunesmith.tokens.text.example import Example
+from tunesmith.train_model import TrainModel
 from tunesmith.units import Size
 
 TOLERANCE = 1e-5

@@ -19,6 +19,7 @@ from tunesmith.batches.batch import collate
 from tunesmith.build_model import build_model, count_trained, define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import PAIR_METHODS
+from tunesmith.methods import make_method
 from tunesmith.model.known.model_types import TUNED_SUPPORT
 from tunesmith.model.layers.documents import count_saved_probabilities
 from tunesmith.model.measuring.measured_spec import model_spec
@@ -150,7 +151,9 @@ def measure(folder: Path, case: Case) -> Measured:
     )
     model = define_model(run, files)
     trained = count_trained(run, model)
-    root, _ = build_model(run, files, plan, model=model, weights="random")
+    root, _ = build_model(
+        run, files, plan, method=make_method(run.method), model=model, weights="random"
+    )
     root.train()
     draw, length = np.random.default_rng(0), case.length
     ids = draw.integers(0, case.vocabulary, (TOKENS // length, length)).astype(np.int32)

@@ -15,7 +15,6 @@ from tunesmith.batches.schedule import StepSize
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import CHIPS
-from tunesmith.methods.base import MethodOutput
 from tunesmith.model.arch.spec import read_spec
 from tunesmith.planning.calibrate import calibrate_recompute
 from tunesmith.planning.machines import Cluster
@@ -25,6 +24,7 @@ from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, RunPlan
 from tunesmith.planning.savings import check_memory_fits
 from tunesmith.planning.workload import measure_work
+from tunesmith.train_model import MethodOutput
 from tunesmith.units import Size
 
 GIB = 2**30

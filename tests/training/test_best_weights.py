@@ -23,9 +23,9 @@ from tunesmith.config.load import load_recipe
 from tunesmith.errors import StoppedError
 from tunesmith.run_dir import read_manifest
 from tunesmith.start.run import train
+from tunesmith.train_model import ValidationResult
 from tunesmith.training import validation
 from tunesmith.training.result import Result
-from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = pytest.mark.slow
 

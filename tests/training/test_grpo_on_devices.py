@@ -24,10 +24,10 @@ from shipped_bases import write_mxfp4_gpt_oss
 from tunesmith.answers import sampler
 from tunesmith.answers.decoding import Decoding
 from tunesmith.answers.sampler import Prompt, SampledIds
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.layers.slots import GROWTH, Slots
 from tunesmith.start.build import build
 from tunesmith.start.request import Request
+from tunesmith.train_model import TrainModel
 
 pytestmark = pytest.mark.slow
 

@@ -22,12 +22,12 @@ from time_limit import time_limit
 from tunesmith import run_dir
 from tunesmith.batches.batch import Batch
 from tunesmith.errors import DataError, ModelError, StoppedError
+from tunesmith.methods.grpo import rollouts as rollouts_module
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.run_figures import explain_equal_rewards
 from tunesmith.presentation.rollouts import read_groups, rollout_lines
 from tunesmith.start import session
 from tunesmith.start.run import train
-from tunesmith.training import rollouts as rollouts_module
 from tunesmith.training.result import Result
 
 pytestmark = pytest.mark.slow

@@ -18,11 +18,11 @@ from tunesmith.distributed.ranks import ONE_PROCESS
 from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures
 from tunesmith.host.signals import LowMemory
-from tunesmith.methods.base import TrainModel
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.start import run as start
 from tunesmith.start import session
 from tunesmith.start.run import train
+from tunesmith.train_model import TrainModel
 from tunesmith.training.result import stopped_by
 from warm import run_warm
 

@@ -17,12 +17,11 @@ import tunesmith
 from errors import refuses, warnings_with
 from recipes import make_run, write_feedback, write_pairs
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.methods.pairs import answer_logprobs
+from tunesmith.train_model import StepTotals, TrainModel, ValidationResult
 from tunesmith.training import validation
 from tunesmith.training.result import Result
-from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = pytest.mark.slow
 

@@ -24,12 +24,12 @@ from tunesmith.runtime import transfer
 from tunesmith.start.build import build
 from tunesmith.start.request import Request
 from tunesmith.start.run import train
+from tunesmith.train_model import ValidationResult
 from tunesmith.training import validation
 from tunesmith.training.result import Result
 from tunesmith.training.run_sinks import sinks_of
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
-from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = pytest.mark.slow
 

@@ -24,8 +24,8 @@ from tunesmith.answers.sampler import Prompt, sample
 from tunesmith.batches.batch import join_pixels
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import UsageError
-from tunesmith.methods.base import TrainModel, evaluating
 from tunesmith.model.layers.vision import mark_pictures
+from tunesmith.train_model import TrainModel, evaluating
 
 
 class Answer(NamedTuple):

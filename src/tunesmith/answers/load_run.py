@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
     from tunesmith.answers.sampler import Prompt
     from tunesmith.hub.model_files import ModelFiles
-    from tunesmith.methods.base import TrainModel
     from tunesmith.rows.samples import Picture
     from tunesmith.tokens.text.placeholders import PictureProcessor
     from tunesmith.tokens.text.template import Template
+    from tunesmith.train_model import TrainModel
 
 log = logging.getLogger(__name__)
 

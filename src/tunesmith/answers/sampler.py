@@ -21,10 +21,10 @@ from torch import Tensor
 from tunesmith.answers.decoding import Decoding
 from tunesmith.batches.batch import Batch
 from tunesmith.batches.layout import Layout
-from tunesmith.methods.base import TrainModel, evaluating
 from tunesmith.model.layers.documents import Documents, use_documents
 from tunesmith.model.layers.slots import Slots
 from tunesmith.tokens.text.example import Example, RowPictures
+from tunesmith.train_model import TrainModel, evaluating
 
 # Slots of finished answers are dropped if at least this fraction of the slots is finished. Dropping
 # copies the keys and values of the other slots.

@@ -38,6 +38,7 @@ class GlobalBatch:
         source: the token set of the examples.
         data_seconds: time that training waited for this batch.
         extra: metrics of the batch, for the step's record.
+        is_sampled: whether the answers of the batch were sampled before the step.
     """
 
     step: int
@@ -54,6 +55,7 @@ class GlobalBatch:
     source: TokenSet = field(repr=False, compare=False)
     data_seconds: float = 0.0
     extra: Mapping[str, float] = field(default_factory=dict)
+    is_sampled: bool = False
 
     def row_names(self) -> list[str]:
         """Return file and line of each row in the batch.

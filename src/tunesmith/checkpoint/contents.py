@@ -19,7 +19,6 @@ from tunesmith.checkpoint.writer import SaveFunction
 from tunesmith.config.schema import Run
 from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.formats.stored import StoredTensor
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.arch.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.known.dtypes import DTYPES
 from tunesmith.model.weights.older_readers import write_for_older_readers
@@ -28,6 +27,7 @@ from tunesmith.model.weights.stored_form import PROCESSORS, in_stored_form, writ
 from tunesmith.model.weights.stored_tensors import stored_tensors
 from tunesmith.runtime.transfer import Snapshot
 from tunesmith.tokens.text.template import Template
+from tunesmith.train_model import TrainModel
 
 TokenizerFiles = Mapping[str, bytes]  # path in the checkpoint -> content of the file
 OptimizerState = Mapping[str, Tensor]

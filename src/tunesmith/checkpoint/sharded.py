@@ -61,7 +61,6 @@ from tunesmith.errors import (
 )
 from tunesmith.host.memory import available_memory
 from tunesmith.hub.fetch import fetch
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.arch import load
 from tunesmith.model.known.dtypes import DTYPES
 from tunesmith.model.weights.older_readers import write_for_older_readers
@@ -69,6 +68,7 @@ from tunesmith.model.weights.save_tensors import save_sharded
 from tunesmith.model.weights.stored_form import in_stored_form, is_stored_otherwise
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.runtime.device import is_integrated
+from tunesmith.train_model import TrainModel
 
 STATE_FOLDER = "state"
 METADATA = ".metadata"

@@ -1,13 +1,13 @@
 """The training methods, one file per method. A recipe's `method` is a key of `METHODS`."""
 
 from tunesmith.config.schema import MethodConfig
-from tunesmith.methods.base import Method
 from tunesmith.methods.dpo import DirectPreferenceOptimization
-from tunesmith.methods.grpo import GroupRelativePolicyOptimization
+from tunesmith.methods.grpo.method import GroupRelativePolicyOptimization
 from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.methods.orpo import OddsRatioPreferenceOptimization
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.methods.simpo import SimplePreferenceOptimization
+from tunesmith.train_model import Method
 
 METHODS: dict[str, type[Method]] = {
     "sft": SupervisedFineTuning,

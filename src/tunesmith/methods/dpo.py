@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tunesmith.batches.batch import Batch
 from tunesmith.config.schema import MethodConfig
-from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 from tunesmith.methods.pairs import (
     PAIR_METRICS,
     answer_logprobs,
@@ -20,6 +19,7 @@ from tunesmith.methods.pairs import (
     reference_logprobs,
     split_pairs,
 )
+from tunesmith.train_model import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 
 def _losses(margin: Tensor, config: MethodConfig) -> Tensor:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.batches.batch import Batch
-from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 from tunesmith.methods.pairs import answer_logprobs, reference_logprobs
+from tunesmith.train_model import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 KL = "kl"
 GOOD_SHARE = "good_share"

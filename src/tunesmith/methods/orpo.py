@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.batches.batch import Batch
-from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 from tunesmith.methods.pairs import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
+from tunesmith.train_model import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 
 class OddsRatioPreferenceOptimization(MeanOverExamples):

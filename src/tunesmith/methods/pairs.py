@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.batches.batch import Batch
-from tunesmith.methods.base import TrainModel, evaluating, supervised_positions
+from tunesmith.train_model import TrainModel, evaluating, supervised_positions
 
 
 class Answers(NamedTuple):

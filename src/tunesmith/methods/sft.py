@@ -2,7 +2,7 @@
 
 from tunesmith.batches.batch import Batch
 from tunesmith.batches.loader import GlobalBatch
-from tunesmith.methods.base import (
+from tunesmith.train_model import (
     Method,
     MethodOutput,
     StepTotals,

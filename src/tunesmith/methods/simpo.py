@@ -8,8 +8,8 @@ The means are over the tokens of an answer. The method needs no reference model.
 import torch.nn.functional as F
 
 from tunesmith.batches.batch import Batch
-from tunesmith.methods.base import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 from tunesmith.methods.pairs import PAIR_METRICS, answer_logprobs, pair_metrics, split_pairs
+from tunesmith.train_model import MeanOverExamples, MethodOutput, StepTotals, TrainModel
 
 
 class SimplePreferenceOptimization(MeanOverExamples):

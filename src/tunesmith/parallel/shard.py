@@ -27,12 +27,12 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import Run
 from tunesmith.distributed.torch_private import let_codes_be_sharded
 from tunesmith.distributed.vocab_parallel import GatheredHead
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.arch.load import widen
 from tunesmith.model.known.decoder import vision_parameters
 from tunesmith.model.layers.fused import add_mixin
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import needs_fsdp
+from tunesmith.train_model import TrainModel
 
 HALF = (torch.bfloat16, torch.float16)
 # Methods of the root module, other than `forward`, that read parameters. FSDP must gather the

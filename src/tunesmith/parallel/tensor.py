@@ -38,11 +38,11 @@ from tunesmith.errors import RecipeError
 from tunesmith.formats.base import TensorShard
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.methods.base import TrainModel
 from tunesmith.model.known.decoder import find_decoder
 from tunesmith.model.layers.fused import FusedNorm, FusedWideNorm, FusedZeroCenteredNorm, add_mixin
 from tunesmith.parallel.cuts import TENSOR_KEY, ParallelBlock, find_blocks
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
+from tunesmith.train_model import TrainModel
 from tunesmith.units import ceil_div
 
 ROWS, COLUMNS = 0, 1  # dimensions of a weight [out_features, in_features]

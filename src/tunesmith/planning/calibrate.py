@@ -10,9 +10,9 @@ import torch
 from tunesmith.batches.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError
-from tunesmith.methods.base import TrainModel
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.runtime.recompute import recompute_layers
+from tunesmith.train_model import TrainModel
 
 
 class MemoryMeter:

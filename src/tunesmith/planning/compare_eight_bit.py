@@ -22,9 +22,9 @@ from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.torch_private import collective
 from tunesmith.formats.fp8 import Fp8, read_bf16_rows
 from tunesmith.formats.linear import FrozenLinear
-from tunesmith.methods.base import TrainModel, evaluating
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.run_dir import Phase
+from tunesmith.train_model import TrainModel, evaluating
 from tunesmith.units import ceil_div
 
 LOSS_PROBE_TOKENS = 4096  # minimum number of tokens on which the loss is measured

@@ -19,7 +19,7 @@ from tunesmith.config.schema import REFERENCE_METHODS, Run
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import ModelError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
-from tunesmith.methods.base import TrainModel
+from tunesmith.methods import make_method
 from tunesmith.metrics import hardware
 from tunesmith.model.known.dtypes import DTYPES
 from tunesmith.optim.optimizer import Optimizer
@@ -36,7 +36,7 @@ from tunesmith.planning.run_plan import RunPlan
 from tunesmith.runtime.host import keep_threads
 from tunesmith.start.lines import loss_change_text, sums_line
 from tunesmith.start.plan import PlanFacts
-from tunesmith.training.answer_groups import largest_answer_batch
+from tunesmith.train_model import Method, TrainModel
 from tunesmith.training.reference import BaseReference
 from tunesmith.training.session import Session, check_one_micro_batch, make_loader
 from tunesmith.units import count_of
@@ -65,14 +65,11 @@ def open_session(
     plan = facts.plan
     device = facts.machine.device
     mesh = make_mesh(plan.mesh, device.type)
-    root, plan = load_model(facts, mesh, ranks)
-    if root.method.samples_answers and not root.takes_slots:
-        raise ModelError(
-            "this model cannot be trained with grpo",
-            where="method.name",
-            why="its layers with chunked attention cannot continue answers",
-            fix="use rejection sampling: tunesmith generate --samples --keep",
-        )
+    method = make_method(run.method)
+    root, plan = load_model(facts, method, mesh, ranks)
+    fault = method.find_model_fault(root)
+    if fault is not None:
+        raise fault
     if plan.base in SCALING_RECIPES:
         plan = compare_eight_bits(root, plan, mesh, facts, ranks)
     optimizer = make_optimizer(run, root, facts.start, ranks)
@@ -99,7 +96,9 @@ def open_session(
     return session
 
 
-def load_model(facts: PlanFacts, mesh: Mesh, ranks: Ranks) -> tuple[TrainModel, RunPlan]:
+def load_model(
+    facts: PlanFacts, method: Method, mesh: Mesh, ranks: Ranks
+) -> tuple[TrainModel, RunPlan]:
     """Load the weights into the model, which is on the meta device. If there is a checkpoint, load
     the trained weights from it.
 
@@ -115,12 +114,7 @@ def load_model(facts: PlanFacts, mesh: Mesh, ranks: Ranks) -> tuple[TrainModel, 
     if facts.machine.request.weights == "random":
         base_weights = "random"
     loader = make_loader(data, files, plan)
-    if run.samples_answers:
-        largest = largest_answer_batch(run, loader).to(torch.device(plan.device))
-    else:
-        # With a minimum of 1 token, `first_batches` returns only the largest micro batch of the
-        # first step.
-        [largest] = first_batches(loader, torch.device(plan.device), 1)
+    largest = method.largest_batch(run, loader).to(torch.device(plan.device))
     reference = None
     if is_full and run.method.name in REFERENCE_METHODS:
         reference = BaseReference(run, data, facts.hashes["model_hash"], ranks)
@@ -132,6 +126,7 @@ def load_model(facts: PlanFacts, mesh: Mesh, ranks: Ranks) -> tuple[TrainModel, 
         run,
         files,
         plan,
+        method=method,
         model=facts.model,
         weights=base_weights,
         adapter=None if is_full else checkpoint,

@@ -10,11 +10,11 @@ from tunesmith.answers.decoding import Decoding
 from tunesmith.answers.sampler import Prompt
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import DataError
-from tunesmith.methods.base import TrainModel
 from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import NO_FINAL_ANSWERS, Phase, read_samples
 from tunesmith.tokens.text.example import Example
+from tunesmith.train_model import TrainModel
 from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.units import format_seconds
 

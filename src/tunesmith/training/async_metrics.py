@@ -39,8 +39,7 @@ class AsyncMetrics(LoopPart):
     """Part of the training loop that creates the record of each step.
 
     Attributes:
-        reads_late: whether the values of a step are read while the next step runs. Not if answers
-            are sampled before the next step: a stop would be known only after they are drawn.
+        reads_late: whether the values of a step are read while the next step runs.
         step_began: a mark on the device at the end of the last step whose values were read.
         pending: the step whose values were not read yet, or None.
         records: records of all steps since the run was started or resumed.
@@ -50,8 +49,7 @@ class AsyncMetrics(LoopPart):
         super().__init__(shared)
         self.writer = writer
         self.gauges = Gauges(self.session.device, links=self.ranks.world > 1)
-        samples = self.session.model.method.samples_answers
-        self.reads_late = self.session.device.type == "cuda" and not samples
+        self.reads_late = self.session.device.type == "cuda"
         self.pending: StepOutput | None = None
         self.records: list[StepRecord] = []
         self.restart_clock()
@@ -113,7 +111,7 @@ class AsyncMetrics(LoopPart):
         self.stop.expect_step(seconds, micro_batches=len(output.batch.micro))
         self._check_finite(output, numbers)
         record = self._make_record(output, numbers, seconds)
-        fault = self.session.model.method.find_fault(record.extra)
+        fault = self.method.find_fault(record.extra)
         if fault is not None:
             raise fault
         self.progress.record = record
@@ -160,8 +158,7 @@ class AsyncMetrics(LoopPart):
         peak = (session.peak.tflops or 0.0) * self.ranks.world or None
         mfu = None
         # The FLOPs and the idle time of batches of sampled answers are not known.
-        samples = session.model.method.samples_answers
-        if peak and not samples:
+        if peak and not batch.is_sampled:
             work = session.flops(batch.indices, batch.supervised)
             mfu = ratio(work, seconds) / (peak * 1e12)
             # A value above 1 is invalid. The cause can be fp8 matmuls, which exceed the 16-bit
@@ -169,7 +166,7 @@ class AsyncMetrics(LoopPart):
             if mfu > 1:
                 mfu = None
         idle_share = None
-        if session.mesh.shape.data > 1 and not samples:
+        if session.mesh.shape.data > 1 and not batch.is_sampled:
             idle_share = batch.idle_share
         return StepRecord(
             step=output.step,
@@ -188,7 +185,7 @@ class AsyncMetrics(LoopPart):
             memory_gib=session.memory_gib(),
             **self.gauges.read(),
             idle_share=idle_share,
-            extra={**batch.extra, **session.model.method.finish(numbers.metrics)},
+            extra={**batch.extra, **self.method.finish(numbers.metrics)},
         )
 
     def log_record(self) -> None:

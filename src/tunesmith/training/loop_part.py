@@ -7,6 +7,7 @@ from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.metrics.sink import Sinks
+from tunesmith.train_model import Method
 from tunesmith.training.session import Session
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length
@@ -40,6 +41,10 @@ class LoopPart:
     @property
     def run(self) -> Run:
         return self.session.run
+
+    @property
+    def method(self) -> Method:
+        return self.session.method
 
     @property
     def ranks(self) -> Ranks:

@@ -29,12 +29,12 @@ from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.files import cache_folder, write_atomically
 from tunesmith.methods import METHODS
-from tunesmith.methods.base import TrainModel, evaluating
 from tunesmith.methods.pairs import answer_logprobs
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.parallel.shard import reshard
 from tunesmith.run_dir import Phase
 from tunesmith.tokens.token_set import TokenSet
+from tunesmith.train_model import TrainModel, evaluating
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)

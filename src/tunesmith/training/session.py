@@ -1,11 +1,10 @@
 """The session: all objects that a training needs."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +16,6 @@ from tunesmith.errors import UsageError
 from tunesmith.host.chips import Peak
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
-from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
 from tunesmith.model.arch.spec import attention_weight, flops
 from tunesmith.optim.optimizer import Optimizer
@@ -25,10 +23,8 @@ from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.runtime.transfer import DevicePrefetcher
-from tunesmith.training.stop_control import StopControl
-
-if TYPE_CHECKING:
-    from tunesmith.training.rollouts import RewardedSampling
+from tunesmith.train_model import Method, StopRequests, TrainModel, ValidationResult
+from tunesmith.training.validation_loss import validation_loss
 
 log = logging.getLogger(__name__)
 
@@ -91,27 +87,36 @@ class Session:
         """
         return max(hardware.memory_gib(self.device), self.plan.trial_peak / 2**30)
 
-    def batches(
-        self, start_step: int, stop: StopControl, ends: Callable[[], bool]
-    ) -> AbstractContextManager[Iterable[GlobalBatch]]:
-        """Return the global batches that training uses: of the rows, or of sampled answers.
+    @property
+    def method(self) -> Method:
+        assert self.model.method is not None
+        return self.model.method
 
-        Args:
-            stop, ends: see `Rollouts`.
+    @property
+    def share(self) -> tuple[int, int]:
+        """The number of this data rank, and the number of data ranks."""
+        return self.mesh.data_rank, self.mesh.shape.data
+
+    def held_out_loss(self, stop: StopRequests) -> ValidationResult | None:
+        """Return the method's mean loss over the held-out rows, or None if a stop interrupted it.
+
+        This is a collective call.
         """
-        loader = self.loader(start_step)
-        if not self.model.method.samples_answers:
-            return loader
-        from tunesmith.training.rollouts import Rollouts
-
-        return Rollouts(self, loader, stop, ends)
-
-    @cached_property
-    def sampling(self) -> "RewardedSampling":
-        """Sampler of answers and their rewards, for reinforcement learning."""
-        from tunesmith.training.rollouts import RewardedSampling
-
-        return RewardedSampling(self)
+        assert self.data.validation is not None
+        micro_batch = self.plan.layout.micro_batch
+        tokens = micro_batch.amount
+        if micro_batch.unit != "tokens":
+            tokens = self.run.row_tokens * 4
+        return validation_loss(
+            self.model,
+            self.data.validation,
+            micro_tokens=tokens,
+            pad_id=self.files.pad_id,
+            device=self.device,
+            mesh=self.mesh,
+            cancelled=stop.cancels_validation,
+            scored=self.ranks.heartbeat.progress,
+        )
 
     def loader(self, start_step: int) -> Loader:
         """Return a loader of global batches on the device that begins with step `start_step` (from

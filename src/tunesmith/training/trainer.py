@@ -20,7 +20,6 @@ from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
 from tunesmith.host.logger import logged_if_slow
-from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
 from tunesmith.optim.lr_schedule import scheduled_rate
@@ -31,6 +30,7 @@ from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.run_dir import PROFILE, Phase
 from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import Mark
+from tunesmith.train_model import StepTotals
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics, StepOutput
 from tunesmith.training.checkpoint_saver import CheckpointSaver
@@ -120,7 +120,7 @@ class Trainer(LoopPart):
             # The checkpoint of this step already exists. Save it again, because the validation has
             # now shown whether it is the best one.
             self.checkpoints.save()
-        if self.first_step == 0 and self.session.model.method.samples_answers:
+        if self.first_step == 0 and self.method.validates_first:
             self.validation.measure_before_training()
         # Do not sample answers before training if the model is sharded, because it would gather all
         # weights for each token, which is too slow.
@@ -147,7 +147,7 @@ class Trainer(LoopPart):
             self.stop.agree()
             return self.is_over or self.stop.is_due() or self.stop.ends()
 
-        return self.session.batches(self.first_step, self.stop, ends)
+        return self.method.batches(self.session, self.first_step, self.stop, ends)
 
     def steps(self, batches: Iterable[GlobalBatch]) -> Iterator[int]:
         """Train on each batch until the run is over. Yield the number of optimizer steps so far."""
@@ -180,6 +180,8 @@ class Trainer(LoopPart):
             # validation or a checkpoint follows, or if the run ends. If there is a validation, log
             # the record after the validation.
             reads_now = validates or saves or is_last or not metrics.reads_late
+            # Before the next answers are sampled, a stop of another rank must be known.
+            reads_now = reads_now or batch.is_sampled
             if reads_now or stop.is_due():
                 metrics.flush(log=not validates)
             if validates:
@@ -217,21 +219,21 @@ class Trainer(LoopPart):
         check_one_micro_batch(self.run, batch)
         lr = self.learning_rate(batch.step, seconds=self.progress.seconds)
         optimizer.start_step(lr, batch.step)
-        denominator = model.method.denominator(batch)
+        denominator = self.method.denominator(batch)
         # Compute values that the losses of all micro batches need. This is a collective call.
         self._seed_dropout(batch.step, -1)
-        totals = model.method.begin_step(
+        totals = self.method.begin_step(
             model,
             StepTotals(batch.examples, batch.chosen_tokens, batch.mismatched),
             lambda total: all_reduce_together([total], mesh.data_group),
         )
-        loss_of = partial(model.method, totals=totals)
+        loss_of = partial(self.method, totals=totals)
         # With fp16, the loss is multiplied by the loss scale. The optimizer divides the gradients
         # by it.
         loss_factor = (optimizer.scale or 1.0) / denominator
         zero = torch.zeros((), device=session.device)
         loss = zero
-        metrics = dict.fromkeys(model.method.metrics, zero)
+        metrics = dict.fromkeys(self.method.metrics, zero)
         for index, micro_batch in enumerate(batch.micro, batch.first_micro):
             if self.stop.drops_step():
                 return None

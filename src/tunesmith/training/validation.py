@@ -3,17 +3,15 @@
 import dataclasses
 import json
 
-from tunesmith.answers.decoding import Decoding
 from tunesmith.checkpoint.resume import validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import write_atomically
 from tunesmith.methods.pairs import REWARD_ACCURACY
-from tunesmith.metrics.intervals import mean_interval
 from tunesmith.metrics.record import VALIDATION, StepRecord
 from tunesmith.run_dir import BEST, Phase
+from tunesmith.train_model import ValidationResult
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.loop_part import LoopPart, LoopShared
-from tunesmith.training.validation_loss import ValidationResult, validation_loss
 
 
 class Validation(LoopPart):
@@ -63,7 +61,7 @@ class Validation(LoopPart):
         return True
 
     def measure_before_training(self) -> None:
-        """Measure the reward before the first step. Later validations are compared with it."""
+        """Validate the model before the first step. Later validations are compared with it."""
         if self.session.data.validation is None:
             return
         result = self._result()
@@ -101,45 +99,4 @@ class Validation(LoopPart):
         session = self.session
         assert session.data.validation is not None
         self.ranks.heartbeat.phase(Phase.VALIDATION, STUCK_AFTER_S + COMPILING_S)
-        if session.model.method.samples_answers:
-            return self.reward()
-        micro_batch = session.plan.layout.micro_batch
-        if micro_batch.unit == "tokens":
-            micro_tokens = micro_batch.amount
-        else:
-            micro_tokens = self.run.row_tokens * 4
-        return validation_loss(
-            session.model,
-            session.data.validation,
-            micro_tokens=micro_tokens,
-            pad_id=session.files.pad_id,
-            device=session.device,
-            mesh=session.mesh,
-            cancelled=self.stop.cancels_validation,
-            scored=self.ranks.heartbeat.progress,
-        )
-
-    def reward(self) -> ValidationResult | None:
-        """Return the mean reward of greedy answers to the held-out rows, with its interval, or None
-        if a stop interrupted the validation. The loss is 1 minus the reward.
-        """
-        session = self.session
-        held_out = session.data.validation
-        assert held_out is not None
-        groups = session.sampling.sample(
-            held_out,
-            range(len(held_out)),
-            Decoding(self.run.method.answer_tokens),
-            answers=1,
-            step=0,
-            stop=self.stop,
-        )
-        if groups is None:
-            return None
-        interval = mean_interval([rollout.reward for [rollout] in groups])
-        metrics = {
-            "reward": interval.mean,
-            "reward_low": interval.low,
-            "reward_high": interval.high,
-        }
-        return ValidationResult(1 - interval.mean, len(groups), metrics)
+        return self.method.validate(session, self.stop)

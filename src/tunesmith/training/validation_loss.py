@@ -3,30 +3,15 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from tunesmith.batches.layout import Layout
 from tunesmith.batches.mismatched import mismatched_of_all
-from tunesmith.methods.base import StepTotals, TrainModel, evaluating
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.tokens.token_set import TokenSet
-
-
-class ValidationResult(NamedTuple):
-    """Result of a validation: mean loss and metrics over held-out rows.
-
-    Attributes:
-        loss: mean loss.
-        denominator: the number by which the sum of the losses was divided.
-        metrics: metrics of the method, with the names of a step's record.
-    """
-
-    loss: float
-    denominator: int
-    metrics: dict[str, float]
+from tunesmith.train_model import StepTotals, TrainModel, ValidationResult, evaluating
 
 
 def validation_loss(
@@ -49,6 +34,7 @@ def validation_loss(
     number of batches, so the last batch of some ranks may be empty.
     """
     method = train_model.method
+    assert method is not None
     denominator = 0
     # The first element is the sum of the losses. The sums are fp64, because the order of the
     # additions depends on the mesh and would change the result in fp32.

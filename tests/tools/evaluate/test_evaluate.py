@@ -20,7 +20,9 @@ from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.answers.load_run import LoadedModel, load_run
 from tunesmith.batches.batch import collate
+from tunesmith.config.schema import MethodConfig
 from tunesmith.errors import DataError, UsageError
+from tunesmith.methods import make_method
 from tunesmith.metrics.record import read_records
 from tunesmith.rows.compare.splits import read_splits
 from tunesmith.run_dir import read_env
@@ -74,6 +76,7 @@ def test_score_is_that_of_transformers_and_peft(
     peft = peft_model(tiny)
     total, hits, count = reference(peft, list(tokens))
     train_model = opened.train_model
+    train_model.method = make_method(MethodConfig())
     with train_model.attention_for("training"):
         found = score(train_model, tokens, pad_id=opened.pad_id)
         for micro_tokens in (1, 300, 100_000):
@@ -100,6 +103,7 @@ def test_dropout_is_off_and_training_mode_and_attention_come_back(
     with torch.no_grad():
         before = opened.model(input_ids=ids).logits
         train_model = opened.train_model
+        train_model.method = make_method(MethodConfig())
         with train_model.attention_for("training"):
             train_model.train()
             first, again = (validation_loss(train_model, tokens, **options) for _ in range(2))

@@ -38,7 +38,6 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.functions import file_and_name
 from tunesmith.host.logger import lines_by_default
-from tunesmith.methods.base import TrainModel, evaluating, supervised_positions
 from tunesmith.methods.pairs import accuracy
 from tunesmith.metrics.intervals import (
     Interval,
@@ -70,6 +69,7 @@ from tunesmith.tools.evaluate.score_rows import (
     save_scores,
     summarize_rows,
 )
+from tunesmith.train_model import TrainModel, evaluating, supervised_positions
 from tunesmith.training.program_rows import mappings
 from tunesmith.units import count_of
 

@@ -26,7 +26,7 @@ from tunesmith.batches.batch import Batch
 from tunesmith.batches.loader import GlobalBatch
 from tunesmith.config.schema import MethodConfig
 from tunesmith.errors import RunError
-from tunesmith.methods.base import (
+from tunesmith.train_model import (
     Method,
     MethodOutput,
     StepTotals,
@@ -83,11 +83,10 @@ def k3(logprobs: Tensor, others: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
-class GroupRelativePolicyOptimization(Method):
+class GroupLoss(Method):
     """GRPO loss. If `method.beta` is above 0, a KL penalty to the base model is added."""
 
     metrics = ("trained_share", "kl_sampler", "kl_base", "entropy_sample")
-    samples_answers = True
 
     def denominator(self, batch: Batch | GlobalBatch) -> int:
         return batch.supervised

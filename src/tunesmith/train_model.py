@@ -1,26 +1,32 @@
-"""Base classes for training: `TrainModel` is the trained model, and `Method` computes the loss.
+"""Base classes for training: `TrainModel` is the trained model, and `Method` is how it is trained.
 
 `TrainModel` contains the decoder, the output layer and the loss in one module. All operations on
 parameters run inside its forward, because a sharded model gathers its weights there. A direct call
 of the decoder or the output layer would find only shards of the weights. The forward calls the
-method (for example `sft.py`). A method returns the sum of the losses and the number by which the
-sum is divided. The training loop is in another module.
+method (for example `methods/sft.py`). A method returns the sum of the losses and the number by
+which the sum is divided. It also chooses the batches and the validation of a run. The training loop
+is in another module.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.batches.batch import IGNORE, Batch
-from tunesmith.batches.loader import GlobalBatch
-from tunesmith.config.schema import MethodConfig
+from tunesmith.batches.loader import GlobalBatch, Loader
+from tunesmith.batches.training_data import TrainingData
+from tunesmith.config.schema import MethodConfig, Run
+from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.vocab_parallel import compute_with_head
 from tunesmith.errors import ModelError, RunError
+from tunesmith.hub.model_files import ModelFiles
 from tunesmith.loss import (
     LossAndGradFn,
     chunked_cross_entropy,
@@ -78,6 +84,66 @@ class StepTotals(NamedTuple):
     kl: Tensor | None = None
 
 
+class StopRequests(Protocol):
+    """The requests to stop a run, as a method sees them."""
+
+    def is_due(self) -> bool:
+        """Return whether all ranks have agreed to stop."""
+
+    def agree(self) -> None:
+        """Agree with the other ranks whether to stop. This is a collective call."""
+
+    def cancels_sampling(self) -> bool:
+        """Return whether this rank must draw no more tokens."""
+
+    def cancels_validation(self) -> bool:
+        """Return whether this rank must end its validation."""
+
+
+class TrainingSession(Protocol):
+    """A running training, as a method sees it.
+
+    Attributes:
+        run: the recipe, adapted to the model and the machine.
+        total_steps: optimizer steps of the entire run, or None if a time limit ends it.
+    """
+
+    run: Run
+    files: ModelFiles
+    data: TrainingData
+    model: TrainModel
+    total_steps: int | None
+    ranks: Ranks
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """The number of this data rank, and the number of data ranks."""
+
+    def loader(self, start_step: int) -> Loader:
+        """Return a loader of global batches that begins with a step."""
+
+    def held_out_loss(self, stop: StopRequests) -> ValidationResult | None:
+        """Return the mean loss over the held-out rows, or None if a stop interrupted it."""
+
+
+class ValidationResult(NamedTuple):
+    """Result of a validation: mean loss and metrics over held-out rows.
+
+    Attributes:
+        loss: mean loss.
+        denominator: the number by which the sum of the losses was divided.
+        metrics: metrics of the method, with the names of a step's record.
+    """
+
+    loss: float
+    denominator: int
+    metrics: dict[str, float]
+
+
 class Method(ABC):
     """Base class of the training methods. A method computes the loss and declares what it needs.
 
@@ -85,12 +151,12 @@ class Method(ABC):
         metrics: names of the sums in `MethodOutput.metrics`, in order.
         needs_mismatched: whether the loss needs batches in which each prompt is paired with the
             answer of another row.
-        samples_answers: whether the method trains on answers that the model samples.
+        validates_first: whether the first validation runs before the first step.
     """
 
     metrics: Sequence[str] = ()
     needs_mismatched = False
-    samples_answers = False
+    validates_first = False
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -104,7 +170,7 @@ class Method(ABC):
         """
 
     def begin_step(
-        self, model: "TrainModel", totals: StepTotals, add_up: Callable[[Tensor], object]
+        self, model: TrainModel, totals: StepTotals, add_up: Callable[[Tensor], object]
     ) -> StepTotals:
         """Compute values over the global batch that the losses of its micro batches need. This is a
         collective call.
@@ -116,7 +182,7 @@ class Method(ABC):
 
     @abstractmethod
     def __call__(
-        self, model: "TrainModel", batch: Batch, totals: StepTotals | None = None
+        self, model: TrainModel, batch: Batch, totals: StepTotals | None = None
     ) -> MethodOutput:
         """Compute the sums of loss and metrics over one micro batch, and its denominator.
 
@@ -132,6 +198,36 @@ class Method(ABC):
     def find_fault(self, metrics: Mapping[str, float]) -> RunError | None:
         """Return an error if the metrics of a step's record show that the run is not valid."""
         return None
+
+    def find_model_fault(self, model: TrainModel) -> ModelError | None:
+        """Return an error if the method cannot train the model."""
+        return None
+
+    def largest_batch(self, run: Run, loader: Loader) -> Batch:
+        """Return the micro batch of the first step that needs most memory, for a memory trial."""
+        return next(loader.largest_first(0))
+
+    def batches(
+        self,
+        session: TrainingSession,
+        start_step: int,
+        stop: StopRequests,
+        ends: Callable[[], bool],
+    ) -> AbstractContextManager[Iterable[GlobalBatch]]:
+        """Return the global batches of a run, from step `start_step` (from 0).
+
+        Args:
+            stop: the requests to stop, for a method that computes for long before a batch.
+            ends: returns whether no more batches are needed. It is a collective call.
+        """
+        return session.loader(start_step)
+
+    def validate(self, session: TrainingSession, stop: StopRequests) -> ValidationResult | None:
+        """Validate the model on the held-out rows, by default by the loss.
+
+        Return None if a stop interrupted the validation. This is a collective call.
+        """
+        return session.held_out_loss(stop)
 
 
 class MeanOverExamples(Method):
@@ -159,7 +255,7 @@ class TrainModel(nn.Module):
 
     Args:
         model: the causal LM. Its parameters keep their names, with the prefix `model.`.
-        method: the method that computes the loss.
+        method: the method that computes the loss. None if no loss is computed.
         attention_backend: backend of tunesmith's block-diagonal attention for flattened batches
             (`attention.select_attention_backend`), or "eager" for Transformers' attention on padded
             rows.
@@ -179,7 +275,7 @@ class TrainModel(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        method: Method,
+        method: Method | None = None,
         *,
         attention_backend: str,
         recurrent: Collection[str] = (),
@@ -271,14 +367,16 @@ class TrainModel(nn.Module):
         return use_documents(self.documents(batch))
 
     def forward(
-        self, batch: Batch, compute: Callable[["TrainModel", Batch], Any] | None = None
+        self, batch: Batch, compute: Callable[[TrainModel, Batch], Any] | None = None
     ) -> Any:
         """Return `compute(self, batch)`, the result for this rank.
 
         If `compute` is None, the method computes its loss sum and denominator. It treats the batch
         as an entire step.
         """
-        return (compute or self.method)(self, batch)
+        compute = compute or self.method
+        assert compute is not None
+        return compute(self, batch)
 
     def documents(self, batch: Batch, slots: Slots | None = None) -> Documents | None:
         """Return the documents of a batch, or None for padded rows, which use Transformers'

@@ -29,21 +29,20 @@ from tunesmith.answers.scoring.scorers import AnswerScores, RewardedAnswer
 from tunesmith.batches.loader import GlobalBatch, Loader
 from tunesmith.errors import RunError, UsageError
 from tunesmith.host.cores import available_cores
-from tunesmith.methods.grpo import answer_weights
+from tunesmith.methods.grpo.groups import (
+    answer_batches,
+    group_examples,
+    max_group_tokens,
+    prompt_of,
+)
+from tunesmith.methods.grpo.loss import answer_weights
 from tunesmith.metrics.run_figures import explain_equal_rewards
 from tunesmith.model.layers.slots import answers_at_once
 from tunesmith.parallel.shard import unsharded
 from tunesmith.run_dir import ROLLOUTS, outdated_rollouts
 from tunesmith.tokens.text.example import Example
 from tunesmith.tokens.token_set import TokenSet
-from tunesmith.training.answer_groups import (
-    answer_batches,
-    group_examples,
-    max_group_tokens,
-    prompt_of,
-)
-from tunesmith.training.session import Session
-from tunesmith.training.stop_control import StopControl
+from tunesmith.train_model import StopRequests, TrainingSession
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class RewardedSampling:
         session: the running training.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: TrainingSession) -> None:
         self.session = session
         processes = max(1, min(4, available_cores() // session.ranks.local_world))
         self.reward = Reward(session.run.method, session.data.template, processes)
@@ -82,7 +81,7 @@ class RewardedSampling:
         *,
         answers: int,
         step: int,
-        stop: StopControl,
+        stop: StopRequests,
     ) -> list[list[Rollout]] | None:
         """Sample answers to some examples and reward them. This is a collective call.
 
@@ -92,7 +91,7 @@ class RewardedSampling:
         """
         session = self.session
         window = answers_at_once(answers) // answers
-        mesh = session.mesh
+        rank, ranks = session.share
         mine: dict[int, list[SampledIds]] = {}
         seen: Counter[int] = Counter()
         prompts = []
@@ -101,7 +100,7 @@ class RewardedSampling:
             seen[i] += 1
         with unsharded(session.model), session.ranks.raise_on_all_ranks():
             for number, first in enumerate(range(0, len(indices), window)):
-                if number % mesh.shape.data != mesh.data_rank or stop.cancels_sampling():
+                if number % ranks != rank or stop.cancels_sampling():
                     continue
                 chosen = prompts[first : first + window]
                 sampled = sample(
@@ -177,15 +176,22 @@ class Rollouts(AbstractContextManager["Rollouts"]):
 
     Args:
         session: the running training.
+        sampling: samples the answers and rewards them.
         loader: determines the layout of the batches and the first step. It is not iterated.
         stop: the requests to stop. They cancel the sampling of a batch.
         ends: function that returns whether no more batches are needed. It is a collective call.
     """
 
     def __init__(
-        self, session: Session, loader: Loader, stop: StopControl, ends: Callable[[], bool]
+        self,
+        session: TrainingSession,
+        sampling: RewardedSampling,
+        loader: Loader,
+        stop: StopRequests,
+        ends: Callable[[], bool],
     ) -> None:
         self.session = session
+        self.sampling = sampling
         self.loader = loader
         self.stop = stop
         self.ends = ends
@@ -193,7 +199,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
 
     def __exit__(self, *exc: object) -> None:
         self.loader.close()
-        self.session.sampling.reward.close()
+        self.sampling.reward.close()
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         step = self.loader.start_step
@@ -210,7 +216,7 @@ class Rollouts(AbstractContextManager["Rollouts"]):
         session = self.session
         run = session.run
         indices = session.data.schedule.examples(step)
-        groups = session.sampling.sample(
+        groups = self.sampling.sample(
             session.data.train,
             indices,
             Decoding(
@@ -282,13 +288,14 @@ class Rollouts(AbstractContextManager["Rollouts"]):
             supervised=int(lengths.sum()),
             examples=len(prompts),
             indices=[prompt.row for prompt in prompts],
-            first_micro=session.mesh.data_rank * len(micro),
+            first_micro=session.share[0] * len(micro),
             idle_share=0.0,
             chosen_tokens=0,
             mismatched=[],
             source=session.data.train,
             data_seconds=0.0,
             extra=values,
+            is_sampled=True,
         )
 
     def _warn_without_variance(self, values: dict[str, float]) -> None:
