@@ -22,7 +22,7 @@ inspect_data  return the rows of a recipe as tokens, with counts and warnings
             >>> tunesmith.inspect_data(model="demo", data="faq.csv")["warnings"]
 sweep       train adapters for several values of a key on one base
             >>> tunesmith.sweep("my.yaml", {"train.learning_rate": [1e-4, 3e-4]})
-compare     find out which of several runs is better
+compare     show recipes and measured values of several runs side by side
             >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
 export_gguf write the model of a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")

@@ -86,8 +86,7 @@ def test_the_notebook_that_compares_runs_exports_the_better_one(
     tokenizer.save_pretrained(model)
     notebook = nbformat.read(DOCS / "compare-runs.ipynb", as_version=4)
     shown = shown_by(client, notebook, tmp_path, model=str(model), steps=6)
-    kinds = re.findall(r"verdict=Verdict\(kind='(\w+)'", shown)
-    assert kinds in (["better"], ["equal"]), "six validations of the same rows can be compared"
+    assert Path(shown.partition("best: ")[2].split()[0]).name in ("lr-0.001", "lr-0.0001")
     assert (tmp_path / "complaints.gguf").read_bytes()[:4] == b"GGUF"
 
 

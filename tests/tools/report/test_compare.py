@@ -1,4 +1,4 @@
-"""Which run is better: said only from what `eval` measured, row by row."""
+"""The figures and the recipe keys that a comparison of runs shows."""
 
 from __future__ import annotations
 
@@ -7,147 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from errors import holds
+from errors import holds, lines_with
 from invoke import invoke
-from report.written import falling, pairs_eval, row_eval, write_eval, write_run
-from tunesmith.tools.report.compare import Verdict, differing_keys, judge
-from tunesmith.tools.report.figures import eval_figures, figure_rows
-from tunesmith.tools.report.run_files import RunFiles
+from report.written import falling, row_eval, write_eval, write_run
+from tunesmith.tools.report.figures import differing_keys, eval_figures, figure_rows
 
 
-def verdict(*runs) -> Verdict:
-    return judge(runs)
-
-
-def sentence(found: Verdict, *values: object) -> list[str]:
-    """Its reasons that have all these values."""
-    return [reason for reason in found.reasons if holds(reason, *values)]
-
-
-def rate(value: float, seed: int = 42) -> dict:
-    return {"train": {"learning_rate": value, "seed": seed}}
-
-
-def rows_around(mean: float, count: int = 40) -> list[float]:
-    """Losses of rows that are easy or hard for all models, with a little of their own."""
-    return [mean + 0.2 * (i % 7) + 0.01 * ((i * i) % 5) * mean for i in range(count)]
-
-
-def evaluated(folder: Path, mean: float, learning_rate: float, **changes) -> RunFiles:
-    """A run with one validation, and with what `eval` measured of each row."""
-    options = {name: changes.pop(name) for name in ("finished", "env") if name in changes}
-    run = write_run(folder, {40: mean}, recipe=rate(learning_rate), **options)
-    write_eval(run.folder, row_eval(rows_around(mean), **changes))
-    return RunFiles(run.folder)
-
-
-def test_without_eval_there_are_figures_and_no_verdict(tmp_path: Path) -> None:
-    """However far apart val_loss and training loss are."""
-    good = write_run(tmp_path / "good", falling(2.0), recipe=rate(1e-3), loss=0.1)
-    bad = write_run(tmp_path / "bad", falling(9.0), recipe=rate(1e-4), loss=3.0)
-    found = verdict(good, bad)
-    assert (found.kind, found.best) == ("none", ())
-    assert holds(found.headline, "No verdict")
-    assert sentence(found, f"`tunesmith eval {good.folder} {bad.folder}`")
-    lowest = dict(figure_rows([good, bad]))["lowest val_loss"]
-    assert holds(lowest[0], "1.0100", "step 40")
-    assert holds(lowest[1], "8.0100", "step 40")
-    # Only one of them was evaluated; then both, on too few rows.
-    write_eval(good.folder, row_eval(rows_around(2.0, 3)))
-    good.refresh()
-    assert verdict(good, bad).kind == "none"
-    write_eval(bad.folder, row_eval(rows_around(9.0, 3)))
-    bad.refresh()
-    assert sentence(verdict(good, bad), "3 rows", "6")
-    alone = verdict(good)
-    assert alone.kind == "alone"
-    assert holds(alone.headline, "good", "step 40", "val_loss 1.0100")
-
-
-@pytest.mark.slow
-def test_what_eval_measured_row_by_row_decides(tmp_path: Path) -> None:
-    """Rows that are hard for both runs do not blur their difference."""
-    good = evaluated(tmp_path / "good", 2.0, 1e-3)
-    bad = evaluated(tmp_path / "bad", 2.1, 1e-4)
-    found = verdict(good, bad)
-    assert (found.kind, found.best) == ("better", (0,))
-    assert sentence(found, "good", "better", "bad", "40 rows", "held.jsonl")
-    # A third run, as of a sweep, that was not evaluated; one that is unfinished leads only so far.
-    third = write_run(tmp_path / "third", {20: 3.0}, recipe=rate(1e-5))
-    assert verdict(third, good, bad).best == (1,)
-    unfinished = evaluated(tmp_path / "unfinished", 1.5, 1e-3, finished=False)
-    assert verdict(unfinished, bad).kind == "none"
-    same = evaluated(tmp_path / "same", 2.0001, 1e-5)
-    mixed = [loss + 0.01 * (-1) ** i for i, loss in enumerate(rows_around(2.0001))]
-    write_eval(same.folder, row_eval(mixed))
-    same.refresh()
-    found = verdict(good, same)
-    assert (found.kind, found.best) == ("equal", ())
-    assert sentence(found, "same", "good", "40 rows", "95 % interval")
-
-
-def test_a_best_that_another_run_may_equal_is_called_no_better(tmp_path: Path) -> None:
-    """The nearest run is beaten; one further off varies more from row to row."""
-    best = evaluated(tmp_path / "best", 2.0, 1e-3)
-    beaten = evaluated(tmp_path / "beaten", 2.1, 1e-4)
-    varying = evaluated(tmp_path / "varying", 2.2, 1e-5)
-    losses = [loss + 3 * (-1) ** i for i, loss in enumerate(rows_around(2.2))]
-    write_eval(varying.folder, row_eval(losses))
-    varying.refresh()
-    found = verdict(best, beaten, varying)
-    assert (found.kind, found.best) == ("equal", ())
-    assert holds(found.headline, "best", "varying")
-    assert sentence(found, "varying", "best", "95 % interval")
-
-
-def test_the_eval_of_the_final_weights_counts(tmp_path: Path) -> None:
-    """And of several evals of the same weights the newest."""
-    good = evaluated(tmp_path / "good", 2.0, 1e-3)
-    bad = evaluated(tmp_path / "bad", 2.1, 1e-4)
-    write_eval(bad.folder, row_eval(rows_around(1.0), step=20), "checkpoint")
-    bad.refresh()
-    assert verdict(good, bad).best == (0,)
-    write_eval(bad.folder, row_eval(rows_around(1.5)), "again")
-    bad.refresh()
-    assert verdict(good, bad).best == (1,)
-
-
-@pytest.mark.slow
-def test_rows_that_were_trained_on_or_other_rows_do_not_decide(tmp_path: Path) -> None:
-    good = evaluated(tmp_path / "good", 2.0, 1e-3)
-    for name, changes in (("seen", {"seen": 3}), ("other", {"row_hash": "o" * 64})):
-        bad = evaluated(tmp_path / name, 2.1, 1e-4, **changes)
-        assert verdict(good, bad).kind == "none"
-    # The run's own held-out rows count, although evals of them are marked as seen.
-    held_out = {"seen": 3, "row_hash": "v" * 64}
-    runs = [evaluated(tmp_path / f"held-{mean}", mean, mean, **held_out) for mean in (2.0, 2.1)]
-    assert verdict(*runs).best == (0,)
-
-
-def preferring(folder: Path, method: str, by_row: list[int] | None = None) -> RunFiles:
-    """A run that learned from pairs; `by_row`: which pairs `eval` found in order."""
+def test_figures_of_runs_stand_side_by_side(tmp_path: Path) -> None:
     extra = {"val_reward_accuracy": 0.9}
-    options = {"recipe": {"method": {"name": method}}, "env": {"validation_examples": 100}}
-    run = write_run(folder, {40: 0.5}, **options, extra=lambda step: extra if step == 40 else {})
-    if by_row is not None:
-        write_eval(run.folder, pairs_eval(by_row))
-    return RunFiles(run.folder)
-
-
-@pytest.mark.slow
-def test_preferences_are_compared_by_the_pairs_of_eval(tmp_path: Path) -> None:
-    """Whatever the methods. 30 of 100 pairs are in order for one run only, or 4 and 2."""
-    dpo = preferring(tmp_path / "dpo", "dpo", [1] * 95 + [0] * 5)
-    simpo = preferring(tmp_path / "simpo", "simpo", [1] * 65 + [0] * 35)
-    found = verdict(simpo, dpo)
-    assert (found.kind, found.best) == ("better", (1,))
-    assert holds(found.headline, "dpo", "95.0 %", "65.0 %", "simpo")
-    assert sentence(found, "+30.0 points", "95 % interval")
-    near = preferring(tmp_path / "near", "orpo", [0] * 4 + [1] * 93 + [0] * 3)
-    assert verdict(dpo, near).kind == "equal"
-    without = preferring(tmp_path / "without", "dpo")
-    assert verdict(dpo, without).kind == "none"
-    rows = dict(figure_rows([dpo, without]))
+    runs = [
+        write_run(
+            tmp_path / name, {40: val_loss}, env={"validation_examples": 100},
+            extra=lambda step: extra if step == 40 else {},
+        )
+        for name, val_loss in (("good", 1.01), ("bad", 8.01))
+    ]  # fmt: skip
+    rows = dict(figure_rows(runs))
+    lowest = rows["lowest val_loss"]
+    assert holds(lowest[0], "1.0100", "40")
+    assert holds(lowest[1], "8.0100", "40")
     text = "90.0 % (82.9 to 94.8) at step 40"
     assert rows["highest accuracy on held-out pairs"] == [text, text]
 
@@ -216,18 +94,21 @@ def test_the_report_as_json_and_of_a_folder_of_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    evaluated(tmp_path / "sweep" / "01-good", 2.0, 1e-3)
-    evaluated(tmp_path / "sweep" / "02-bad", 2.1, 1e-4)
+    for name, rate in (("sweep/01-good", 1e-3), ("sweep/02-bad", 1e-4), ("again/01-good", 1e-3)):
+        write_run(tmp_path / name, {40: 2.0}, recipe={"train": {"learning_rate": rate}})
     found = json.loads(invoke("report", "sweep", "--json").out)
+    assert found.keys() == {"runs", "differing_keys"}
     assert [run["run"] for run in found["runs"]] == ["01-good", "02-bad"]
-    assert found["verdict"]["kind"] == "better"
-    assert found["verdict"]["best"] == ["01-good"]
     assert found["runs"][0]["best"]["step"] == 40
-    assert found["runs"][1]["val_losses"] == [{"step": 40, "value": 2.1}]
+    assert found["runs"][1]["val_losses"] == [{"step": 40, "value": 2.0}]
     assert found["differing_keys"] == {"train.learning_rate": [1e-3, 1e-4]}
     assert not Path("report.html").exists()
-    evaluated(tmp_path / "again" / "01-good", 2.0, 1e-3)
     twice = json.loads(invoke("report", "sweep/01-good", "again/01-good", "--json").out)
     assert [run["run"] for run in twice["runs"]] == ["sweep/01-good", "again/01-good"]
     jobs = json.loads(invoke("status", "sweep", "--json").out)
     assert [job["state"] for job in jobs] == ["finished"] * 2
+    shown = invoke("report", "sweep").out
+    assert lines_with(shown, "01-good", "40", "2.0000")
+    command = "tunesmith eval sweep/01-good sweep/02-bad"
+    assert lines_with(shown, command)
+    assert command in Path("report.html").read_text()

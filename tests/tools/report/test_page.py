@@ -14,7 +14,6 @@ from invoke import invoke
 from report.written import eval_scores, falling, write_eval, write_run
 from tunesmith.run_dir import NO_FINAL_ANSWERS
 from tunesmith.tools.report.page import PAGE_MARK, render_page
-from tunesmith.tools.report.run_files import RunFiles
 
 EVIL = "</script><img src=x onerror=alert(1)> & \"'` | {{ 7*7 }} \u2028"
 SAMPLES = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
@@ -86,8 +85,6 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
     for field, value in failure.items():
         words = str(value).partition("   #")[0]
         assert not value or f"{field.replace('_', ' ')} {words}" in text
-    (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  loading\n")
-    assert lines_with(render_page([RunFiles(tmp_path)]), "without", "val_loss")
 
 
 @pytest.mark.slow

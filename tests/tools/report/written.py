@@ -9,8 +9,6 @@ from typing import Any
 from recipes import merge
 from records import RUN, record
 from tunesmith.config.dump import to_mapping, to_yaml
-from tunesmith.metrics.intervals import share_interval
-from tunesmith.run_dir import PAIRS
 from tunesmith.tools.report.run_files import RunFiles
 
 ENV = {
@@ -60,16 +58,6 @@ def write_eval(run: Path, values: Any, name: str = "held") -> Path:
     path = folder / f"{name}.scores.json"
     path.write_text(values if isinstance(values, str) else json.dumps(values))
     return path
-
-
-def pairs_eval(by_row: list[int]) -> dict[str, Any]:
-    """What `eval` writes of pairs; 1 in `by_row` for those in order."""
-    interval = share_interval(sum(by_row), len(by_row))
-    order = {"tuned": list(interval), "verdict": "", "by_row": {"tuned": by_row}}
-    return {
-        "tunesmith": "eval scores", "data": "pairs.jsonl", "rows": len(by_row), "row_hash": "p" * 64, "step": 40,
-        "losses": {"tuned": 1.0}, "scores": {PAIRS: order},
-    }  # fmt: skip
 
 
 def row_eval(losses: list[float], row_hash: str = "l" * 64, **changes: Any) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Write one page about runs: curves, answers, speed, and which is better.
+"""Write one page about runs: curves, answers and speed.
 
 example:
   tunesmith report runs/my-run
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
   tunesmith report runs/rates  # a sweep, or all runs in a folder
-  tunesmith report runs/lr-* --json  # figures and verdict, for scripts
+  tunesmith report runs/lr-* --json  # figures, for scripts
 
 The page is one file that opens offline. It includes the commands to reproduce
-the runs. Runs may be running, finished, failed or copied. After `tunesmith eval
-RUN RUN` the page says which run is better, compared row by row.
+the runs. Runs may be running, finished, failed or copied.
+`tunesmith eval RUN RUN` says which run is better, row by row.
 """
 
 import argparse

@@ -9,41 +9,35 @@ from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.run_dir import EvalScores, Fields, shown
-from tunesmith.tools.report.compare import Verdict, differing_keys, judge
-from tunesmith.tools.report.figures import figure_rows
+from tunesmith.tools.report.figures import differing_keys, figure_rows
 from tunesmith.tools.report.run_files import RunFiles, label_apart
 
 
 @dataclass(frozen=True)
 class Comparison(Tabular):
-    """Result of `compare`: the measured values of several runs, and which run is better.
+    """Result of `compare`: the measured values of several runs.
 
     Attributes:
         runs: the names of the runs, in the order of the call.
-        verdict: says which run is better. `kind` is `better`, `equal`, `none` (unknown) or `alone`
-            (only one run). `headline` and `reasons` are sentences. `best` has the indices of the
-            best runs in `runs`.
         figures: name -> one text per run. The names are recipe keys with different values, and
             measured values such as the loss. The text `–` means that a run has no value.
     """
 
     runs: tuple[str, ...]
-    verdict: Verdict
     figures: dict[str, list[str]]
 
     def table(self) -> ResultTable:
-        """Return a table with one column per run. Notes below it say which run is better."""
+        """Return a table with one column per run."""
         rows = [(name, *cells) for name, cells in self.figures.items()]
-        return ResultTable(rows, self.runs, notes=[self.verdict.headline, *self.verdict.reasons])
+        return ResultTable(rows, self.runs)
 
 
 def compare(*runs: str | os.PathLike[str]) -> Comparison:
-    """Compare recipes and measured values of runs, and decide which run is better.
+    """Compare recipes and measured values of runs.
 
     >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
 
-    The decision is based on the loss of each row. Therefore `evaluate` must have measured the runs
-    on the same rows. Otherwise `verdict` says why no decision is possible.
+    `tunesmith eval A B` says which run is better, because it measures the same rows with each run.
 
     Args:
         runs: run directories, folders with runs, or `Result` objects. The runs may still be
@@ -63,11 +57,11 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
         key: list(map(json.dumps, values)) for key, values, learns in differing_keys(read) if learns
     }
     names = tuple(run.label for run in read)
-    return Comparison(names, judge(read), figures | dict(figure_rows(read)))
+    return Comparison(names, figures | dict(figure_rows(read)))
 
 
-def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, object]:
-    """Return the measured values and the verdict in the format of `report --json`."""
+def comparison_values(runs: Sequence[RunFiles]) -> dict[str, object]:
+    """Return the measured values in the format of `report --json`."""
     rows = []
     for run in runs:
         figures = run.figures
@@ -94,9 +88,7 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
                 "damaged": list(map(str, run.damaged)),
             }
         )
-    best = [runs[index].label for index in verdict.best]
     return {
-        "verdict": verdict._asdict() | {"best": best},
         "runs": rows,
         "differing_keys": {key: values for key, values, _ in differing_keys(runs)},
     }

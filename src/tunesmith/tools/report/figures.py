@@ -1,10 +1,12 @@
-"""The tables that compare runs: results of training, results of `eval`, and environments."""
+"""The tables that compare runs: recipes, results of training, results of `eval`, environments."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
-from tunesmith.config.dump import leaves
+from tunesmith.config.dump import is_free, leaves
 from tunesmith.metrics.intervals import paired_losses, share_interval
 from tunesmith.metrics.run_figures import mean
 from tunesmith.run_dir import EvalScores, RowLosses, Score
@@ -15,7 +17,63 @@ from tunesmith.units import count_of, format_seconds
 # of checks.
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 NO_ENVIRONMENT = (*HASHES, "command", "commit", "checks", "validation_examples", "template")
+# Keys that may change when a run resumes, but affect the result: they determine when the run ends
+# or which weights it keeps.
+_CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
+_TRAINING_FILE = re.compile(r"data\.train(\.\d+)?\.source")
 Figure = str | float | None
+
+
+def changes_learning(key: str, runs: Sequence[RunFiles]) -> bool:
+    """Return whether a different value of this recipe key changes what a run learns.
+
+    The name of the data file does not count if the rows are the same. The name can differ because
+    rows from a Python program are stored in each run directory.
+    """
+    if _CHOOSES_WEIGHTS.fullmatch(key):
+        return True
+    # In full fine-tuning, this key affects which weights are kept, because the best weights are
+    # available only at steps with a checkpoint.
+    if key == "checkpoint.every":
+        return any(run.key("adapter", "kind") == "none" for run in runs)
+    if is_free(key):
+        return False
+    data_hashes = {run.env.get("data_hash") for run in runs}
+    has_same_rows = len(data_hashes) == 1 and None not in data_hashes
+    return not (has_same_rows and _TRAINING_FILE.fullmatch(key))
+
+
+class KeyDifference(NamedTuple):
+    """A recipe key with different values in the runs.
+
+    Attributes:
+        learns: whether the key changes what is learned.
+    """
+
+    key: str
+    values: list[object]
+    learns: bool
+
+
+def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
+    """Return the recipe keys that differ. Keys that change what is learned are first.
+
+    The output folder is not included.
+    """
+    recipes = [leaves(run.recipe | {"method": run.method_keys}) for run in runs]
+    names = dict.fromkeys(chain(*recipes))
+    names.pop("output_dir", None)
+
+    differing = []
+    for key in names:
+        # Skip an empty section if another run has keys in this section, because these keys show the
+        # difference.
+        if any(name.startswith(f"{key}.") for name in names):
+            continue
+        values = [recipe.get(key) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            differing.append(KeyDifference(key, values, changes_learning(key, runs)))
+    return sorted(differing, key=lambda difference: not difference.learns)
 
 
 def _mean(run: RunFiles, name: str) -> float | None:

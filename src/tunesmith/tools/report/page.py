@@ -18,10 +18,14 @@ from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.conversations import Turn, conversations_of, turns_of, whole_characters
 from tunesmith.presentation.rollouts import RewardedGroup, read_groups
 from tunesmith.run_dir import RECIPE, ROLLOUTS, read_bytes, rollout_files, shown
-from tunesmith.tools.report.compare import differing_keys, judge
 from tunesmith.tools.report.curves import COLORS, curves
-from tunesmith.tools.report.figures import HASHES, environment_rows, figure_rows
-from tunesmith.tools.report.run_files import RunFiles, end_fields
+from tunesmith.tools.report.figures import (
+    HASHES,
+    differing_keys,
+    environment_rows,
+    figure_rows,
+)
+from tunesmith.tools.report.run_files import RunFiles, end_fields, eval_command
 from tunesmith.units import format_seconds
 
 REWARDED_PROMPTS = 4  # number of prompts whose sampled answers are shown with rewards
@@ -74,17 +78,12 @@ def render_page(runs: Sequence[RunFiles], *, live: bool = False) -> str:
     chart_json = pydantic_core.to_json(charts, inf_nan_mode="null").decode()
     samples, system = prompts_of(runs)
     samples += [prompt for run in runs for prompt in rewarded_prompts(run)]
-    verdict = judge(runs)
-    if len(runs) == 1 and runs[0].figures.reward_text:
-        [run] = runs
-        headline = f"{run.label}: {run.described_state}, {run.figures.reward_text}"
-        verdict = verdict._replace(headline=headline)
     return env.get_template("page.html.j2").render(
         mark=PAGE_MARK,
         runs=runs,
         live=live,
         colors=COLORS,
-        verdict=verdict,
+        eval_command=eval_command(runs),
         ends={run: end_fields(run) for run in runs},
         keys=differing_keys(runs),
         figures=figure_rows(runs),

@@ -223,19 +223,15 @@ class RunFiles:
         return None if step is None else f"{self.figures.validations[step]:.4f} at step {step}"
 
     @property
-    def validation_hash(self) -> str | None:
-        """Hash of the held-out rows' tokens."""
-        return self.env.get("validation_hash")
+    def best_text(self) -> str:
+        """The reward or the lowest val_loss as text, or "" if the run has neither."""
+        best = self.best_val_loss_text
+        return self.figures.reward_text or (f"lowest val_loss {best}" if best else "")
 
     def key(self, section: str, name: str) -> object:
         """Return the value of a recipe key, or None if the recipe does not have the key."""
         value: object = (self.recipe.get(section) or {}).get(name)
         return value
-
-    @property
-    def method(self) -> str:
-        """Name of the method, which determines the meaning of val_loss."""
-        return str(self.method_keys.get("name"))
 
     @property
     def method_keys(self) -> Fields:
@@ -278,6 +274,11 @@ def label_apart(runs: Sequence[RunFiles]) -> None:
     for run in runs:
         if names.count(run.name) > 1:
             run.label = shown(run.folder)
+
+
+def eval_command(runs: Sequence[RunFiles]) -> str:
+    """Return the command that compares the runs row by row."""
+    return " ".join(["tunesmith eval", *(shell_path(shown(run.folder)) for run in runs)])
 
 
 def end_fields(run: RunFiles) -> Fields:

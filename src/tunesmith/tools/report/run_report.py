@@ -1,4 +1,4 @@
-"""Implementation of the command `report`: write the page and print which run is better."""
+"""Implementation of the command `report`: write the page and print the state of each run."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from tunesmith.cli.options import report_unreadable
 from tunesmith.errors import UsageError
 from tunesmith.host.streams import show
 from tunesmith.launch.jobs import with_runs_of_folders
-from tunesmith.tools.report.run_files import RunFiles, label_apart
+from tunesmith.tools.report.run_files import RunFiles, eval_command, label_apart
 
 
 def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) -> list[RunFiles]:
@@ -36,9 +36,8 @@ def read_runs(words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles) 
 
 
 def write_page(args: argparse.Namespace) -> None:
-    """Write the page about the runs that the command line names. Print which run is better."""
+    """Write the page about the runs that the command line names. Print their states."""
     # Import inside the function: `watch` imports this module but does not need numpy at its start.
-    from tunesmith.tools.report.compare import judge
     from tunesmith.tools.report.comparison import comparison_values
     from tunesmith.tools.report.page import write_report
 
@@ -51,10 +50,12 @@ def write_page(args: argparse.Namespace) -> None:
     for run in runs:
         for file in run.damaged:
             show(f"damaged: {run.label}: {file}", sys.stderr)
-    verdict = judge(runs)
     if args.json:
-        print(json.dumps(comparison_values(runs, verdict), indent=2))
+        print(json.dumps(comparison_values(runs), indent=2))
         return
-    verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
-    show("\n".join(verdict_lines), sys.stdout)
+    for run in runs:
+        best = f", {run.best_text}" if run.best_text else ""
+        show(f"{run.label}: {run.described_state}{best}", sys.stdout)
+    if len(runs) > 1:
+        show(f"which run is better: {eval_command(runs)}", sys.stdout)
     print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser")
