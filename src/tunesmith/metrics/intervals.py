@@ -24,6 +24,10 @@ Losses
 If all values are equal, all resamples are equal, so a bootstrap gives no interval. The interval is
 then derived from the maximum fraction of rows with other values (Clopper-Pearson). The seed is
 fixed, so the same scores give the same interval on every machine.
+
+`scipy.stats` has the distributions and the bootstrap. The functions import it, because it takes 0.7
+seconds to load and most commands compute no interval. It has no mid-p interval and none of Tango's,
+so this module computes these two.
 """
 
 import math
@@ -42,9 +46,8 @@ TAIL_PROBABILITY = 0.025  # probability beyond each end of a 95 % interval
 # models are equally good, five such rows all favor the same model with probability 1/16, and six
 # rows with probability 1/32.
 MIN_DIFFERING = 6
-# Maximum number of resamples and of drawn row indices in one step. DRAWS_AT_ONCE row indices take
-# 32 MiB, and the values of these rows take another 32 MiB.
-RESAMPLES_AT_ONCE = 100
+# Maximum number of row indices that are drawn in one step. They take 32 MiB, and the values of
+# these rows take another 32 MiB.
 DRAWS_AT_ONCE = 1 << 22
 
 
@@ -189,12 +192,10 @@ def _mid_p(successes: int, count: int, share: float) -> float:
     """Return the binomial probability of fewer than `successes` successes, plus half the
     probability of exactly `successes`.
     """
-    # Import here, because scipy takes 1/6 s to load and commands that only read a run do not need
-    # it.
-    from scipy.special import bdtr
+    from scipy.stats import binom
 
-    fewer = bdtr(successes - 1, count, share) if successes else 0.0
-    return float(fewer + bdtr(successes, count, share)) / 2
+    binomial = binom(count, share)
+    return float(binomial.cdf(successes) - binomial.pmf(successes) / 2)
 
 
 def _root(rising: Callable[[float], float], low: float, high: float) -> float:
@@ -219,25 +220,27 @@ def _bootstrap_interval(
         values: [rows], not all equal.
         limits: minimum and maximum possible values.
     """
+    from scipy.stats import bootstrap, sem, t
+
     count = len(values)
     # The fixed seed draws the same rows in every call, so the intervals of two models and of their
     # difference use the same resamples.
-    rng = np.random.default_rng(SEED)
-    at_once = max(1, min(RESAMPLES_AT_ONCE, DRAWS_AT_ONCE // count))
-    means = []
-    for first in range(0, resamples, at_once):
-        rows = rng.integers(count, size=(min(at_once, resamples - first), count))
-        means.append(values[rows].mean(axis=1))
-
-    tail = expanded_tail(count)
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    resampled = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, DRAWS_AT_ONCE // count),
+        confidence_level=1 - 2 * expanded_tail(count),
+        method="percentile",
+        rng=SEED,
+    ).confidence_interval
     mean = float(values.mean())
-    reach = students_t(count) * float(values.std(ddof=1)) / math.sqrt(count)
-
+    students = t.interval(1 - 2 * TAIL_PROBABILITY, count - 1, mean, sem(values))
     # Student's interval can exceed the range of the scores, so limit it.
-    students_low = max(mean - reach, limits[0])
-    students_high = min(mean + reach, limits[1])
-    return Interval(mean, min(float(low), students_low), max(float(high), students_high))
+    students_low, students_high = np.clip(students, *limits)
+    low = min(resampled.low, students_low)
+    high = max(resampled.high, students_high)
+    return Interval(mean, float(low), float(high))
 
 
 def expanded_tail(count: int) -> float:
@@ -246,14 +249,10 @@ def expanded_tail(count: int) -> float:
     The fraction is close to 2.5 % if `count`, the number of rows, is large. It is smaller for few
     rows.
     """
-    return NormalDist().cdf(-students_t(count) * math.sqrt(count / (count - 1)))
+    from scipy.stats import norm, t
 
-
-def students_t(count: int) -> float:
-    """Return the 97.5 % quantile of Student's t distribution for `count` values."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(count - 1, 1 - TAIL_PROBABILITY))
+    quantile = t.ppf(1 - TAIL_PROBABILITY, count - 1)
+    return float(norm.cdf(-quantile * math.sqrt(count / (count - 1))))
 
 
 def paired_losses(
@@ -278,10 +277,13 @@ def paired_losses(
     interval = Interval(mean, -math.inf, math.inf)
     # A mean that is not finite has no interval.
     if differing >= MIN_DIFFERING and math.isfinite(mean):
+        from scipy.stats import t
+
         residuals = differences - mean * counts
         squares = float((residuals**2).sum())
-        reach = students_t(rows) * (math.sqrt(squares * rows / (rows - 1)) / total_tokens)
-        interval = Interval(mean, mean - reach, mean + reach)
+        error = math.sqrt(squares * rows / (rows - 1)) / total_tokens
+        low, high = t.interval(1 - 2 * TAIL_PROBABILITY, rows - 1, mean, error)
+        interval = Interval(mean, float(low), float(high))
     return PairedIntervals(interval, differing, None, rows)
 
 
