@@ -36,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parity"))
+
 NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 PORT = 29555
 RANKS = 2  # ranks per node
@@ -319,7 +321,7 @@ FAULTS = {
 
 
 def write_recipe(folder: Path) -> None:
-    from tunesmith.tools.bench.selfcheck import write_inputs
+    from selfcheck import write_inputs
 
     write_inputs(folder, 64)
     recipe = {

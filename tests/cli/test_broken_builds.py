@@ -1,5 +1,5 @@
-"""`tunesmith selfcheck` fails on builds that train wrongly: each is a change of the engine, made
-inside every rank. Three of the most dangerous ones are tested with every change.
+"""`benchmarks/parity/selfcheck.py` fails on builds that train wrongly: each is a change of the
+engine, made inside every rank. Three of the most dangerous ones are tested with every change.
 """
 
 from __future__ import annotations
@@ -9,8 +9,20 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import pytest
+import selfcheck
 import torch
 import torch.distributed as dist
+from selfcheck import (
+    CHANGED_CHECK,
+    COPIES_CHECK,
+    LOSS_CHECK,
+    NORM_CHECK,
+    ONE,
+    RESUME_CHECK,
+    TRAINING_KINDS,
+    SelfCheck,
+    meshes_of,
+)
 from torch import Tensor
 
 from ranks import run_ranks
@@ -21,16 +33,6 @@ from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.start import session
-from tunesmith.tools.bench import selfcheck
-from tunesmith.tools.bench.selfcheck import (
-    CHANGED_CHECK,
-    COPIES_CHECK,
-    LOSS_CHECK,
-    NORM_CHECK,
-    ONE,
-    RESUME_CHECK,
-    SelfCheck,
-)
 from tunesmith.train_model import TrainModel
 from tunesmith.training import trainer
 from tunesmith.training.checkpoint_saver import CheckpointSaver
@@ -132,7 +134,7 @@ def failed_checks(
     """The rows that fail on a mesh in a build with `change`, by check."""
     check_one_mesh(kind, mesh, found)
     change()
-    rows = selfcheck.run_checks(lambda row: None)["checks"]
+    rows = selfcheck.run_checks(lambda row: None)
     return {row["check"].rpartition(": ")[2]: row for row in rows if row["passed"] is False}
 
 
@@ -148,3 +150,26 @@ def in_its_lane(case: tuple[Any, ...]) -> Any:
 def test_a_broken_build_fails(change, kind, mesh, found):
     for failed in run_ranks(mesh.world, failed_checks, kind, mesh, change, found):
         assert found <= failed.keys(), failed
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_two_ranks_pass_on_each_mesh():
+    for rows in run_ranks(2, selfcheck.run_checks, print):
+        assert [row for row in rows if not row["passed"]] == []
+        checked = {row["check"].rpartition(": ")[0] for row in rows}
+        meshes = [mesh.describe() for mesh in (ONE, COPY, SHARD, TENSOR)]
+        assert checked == {f"{kind}, {mesh}" for kind in TRAINING_KINDS for mesh in meshes}
+
+
+@pytest.mark.parametrize(
+    ("world", "node", "expected"),
+    [
+        (3, 3, [(3, 1, 1), (1, 3, 1)]),
+        (4, 4, [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]),
+        (2, 1, [(2, 1, 1), (1, 2, 1)]),  # no tensor group over nodes
+        (16, 8, [(16, 1, 1), (2, 8, 1), (1, 16, 1), (2, 1, 8), (2, 2, 4), (1, 2, 8)]),
+    ],
+)
+def test_it_takes_a_mesh_of_each_kind(world, node, expected):
+    assert [shape[:3] for shape in meshes_of(world, node)] == expected

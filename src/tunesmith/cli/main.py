@@ -97,6 +97,8 @@ OTHER_NAMES = {
     "`tunesmith export RUN --to vllm --output FOLDER`",
     "compare": "run `tunesmith report A B` for curves and losses, or `tunesmith eval A B` to "
     "compare row by row",
+    "selfcheck": "run `tunesmith doctor --ranks N`, or, across machines, start "
+    "benchmarks/parity/selfcheck.py with torchrun",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]

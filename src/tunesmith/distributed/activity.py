@@ -66,9 +66,6 @@ class Activity:
         waits_since: the time at which the main thread was first seen in its current collective.
         longest_step: seconds of the longest step so far.
         phase_name: the current phase of the run.
-        phase_prefix: text before the name of the phase in `beat`, for example the part of a
-            self-check.
-        longest_limit: the largest limit that a phase has, in seconds.
         waited_thread: the identity of the thread that the main thread waits for, or None.
     """
 
@@ -80,15 +77,13 @@ class Activity:
     waits_since: float = 0.0
     longest_step: float = 0.0
     phase_name: str = ""
-    phase_prefix: str = ""
-    longest_limit: float = inf
     waited_thread: int | None = None
 
     def phase(self, name: str, limit: float | None = None) -> None:
         """Begin a phase of the run. See `Heartbeat.phase`."""
         self.phase_name = name
-        self.beat.phase = f"{self.phase_prefix}{name}"
-        self.beat.limit = min(limit or inf, self.longest_limit)
+        self.beat.phase = name
+        self.beat.limit = limit or inf
         self.beat.waiting_limit = self.beat.limit
         if limit is not None and name not in WAITING_PHASES:
             endless = max(ENDLESS_AFTER_S, LONGER_THAN_A_STEP * self.longest_step)

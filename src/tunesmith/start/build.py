@@ -2,7 +2,6 @@
 checked.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,19 +14,12 @@ from tunesmith.start.request import Request
 from tunesmith.start.tokens import TokenFacts
 
 if TYPE_CHECKING:
-    from tunesmith.parallel.mesh import Mesh
-    from tunesmith.parallel.mesh_shape import MeshShape
     from tunesmith.training.session import Session
 
 
-def build(
-    request: Request,
-    ranks: Ranks = ONE_PROCESS,
-    *,
-    make_mesh: "Callable[[MeshShape, str], Mesh] | None" = None,
-) -> "Session":
+def build(request: Request, ranks: Ranks = ONE_PROCESS) -> "Session":
     """Read the inputs of a recipe and build a Session. See `build_from_tokens`."""
-    return build_from_tokens(read_inputs(request, ranks), ranks, make_mesh=make_mesh)
+    return build_from_tokens(read_inputs(request, ranks), ranks)
 
 
 def build_from_tokens(
@@ -35,13 +27,11 @@ def build_from_tokens(
     ranks: Ranks = ONE_PROCESS,
     *,
     why: bool = False,
-    make_mesh: "Callable[[MeshShape, str], Mesh] | None" = None,
 ) -> "Session":
     """Build a Session. Each input is checked before slower work begins. This is a collective call.
 
     Args:
         why: whether to log the reason of each choice.
-        make_mesh: function that creates the mesh of the ranks. If None, `Mesh.of`.
     """
     log_lines(start_data_lines(tokens.data, why=why))
     log_lines(resume_lines(tokens.resumed, tokens.run.train))
@@ -50,7 +40,6 @@ def build_from_tokens(
         steps = tokens.data.schedule.steps(tokens.run.train.duration) or 0
         tokens = replace(tokens, data=tokens.data.repeated(steps))
     with loading_libraries():
-        from tunesmith.parallel.mesh import Mesh
         from tunesmith.start.lines import machine_lines, planned_lines, session_lines
         from tunesmith.start.plan import find_machine, make_plan
         from tunesmith.start.session import open_session
@@ -58,7 +47,7 @@ def build_from_tokens(
     log_lines(machine_lines(machine))
     planned = make_plan(machine, ranks)
     log_lines(planned_lines(planned))
-    session = open_session(planned, ranks, make_mesh or Mesh.of)
+    session = open_session(planned, ranks)
     model = session.model.model
     log_lines(session_lines(planned, model, session.plan, session.peak, why=why))
     return session

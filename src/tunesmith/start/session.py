@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,7 +24,6 @@ from tunesmith.model.known.dtypes import DTYPES
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.compare_eight_bit import (
     LOSS_PROBE_TOKENS,
     MAX_LOSS_CHANGE,
@@ -50,21 +48,13 @@ log = logging.getLogger(__name__)
 LOSS_SCALE = 2.0**16
 
 
-def open_session(
-    facts: PlanFacts,
-    ranks: Ranks = ONE_PROCESS,
-    make_mesh: Callable[[MeshShape, str], Mesh] = Mesh.of,
-) -> Session:
-    """Load the model, create the optimizer, and restore the checkpoint. This is a collective call.
-
-    Args:
-        make_mesh: function that creates the mesh of the ranks.
-    """
+def open_session(facts: PlanFacts, ranks: Ranks = ONE_PROCESS) -> Session:
+    """Load the model and the optimizer, and restore a checkpoint. This is a collective call."""
     run = facts.run
     data = facts.data
     plan = facts.plan
     device = facts.machine.device
-    mesh = make_mesh(plan.mesh, device.type)
+    mesh = Mesh.of(plan.mesh, device.type)
     method = make_method(run.method)
     root, plan = load_model(facts, method, mesh, ranks)
     fault = method.find_model_fault(root)

@@ -3,6 +3,7 @@
 example:
   tunesmith doctor
   tunesmith doctor --pair spark-b
+  tunesmith doctor --ranks 2
 
 Nothing is changed. The exit code is 1 if there is a fault, otherwise 0.
 """
@@ -16,7 +17,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tunesmith.cli.options import add_json
+from tunesmith.cli.options import add_json, whole_number
 from tunesmith.errors import EXIT_FAILED, EXIT_OK
 from tunesmith.host.streams import show, visible
 from tunesmith.tools.doctor.checks import System, examine
@@ -36,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--slurm", action="store_true", help="check the Slurm cluster of this machine"
     )
+    where.add_argument(
+        "--ranks",
+        type=whole_number,
+        metavar="N",
+        help="train a tiny model on N ranks of this machine, and compare it with one process",
+    )
     add_json(parser)
 
 
@@ -43,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     if args.slurm:
         findings = check_slurm(Path.cwd())
+    elif args.ranks:
+        # Not at the top, because it imports torch.
+        from tunesmith.tools.doctor.ranks import check_ranks
+
+        findings = check_ranks(args.ranks)
     elif args.pair:
         findings = check_pair(args.pair)
     else:

@@ -1,19 +1,27 @@
-"""`tunesmith selfcheck`: compare training on several ranks with training in one process.
+"""Compare training on several ranks with training in one process, step by step.
+
+    torchrun --nproc-per-node 2 benchmarks/parity/selfcheck.py
+    # two nodes; print the rows of the table as JSON
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint NODE:29500 \\
+        benchmarks/parity/selfcheck.py --json
 
 The ranks train once on each kind of mesh (replicate, shard, tensor and combinations) that fits
-their number. The inputs are generated and identical on every node: a random Llama model, an adapter
-with a random B, and rows.
+their number. Losses, gradient norms, resumed steps, changed parameters and copies of weights are
+compared. The inputs are generated and identical on every node: a random Llama model, an adapter
+with a random B, and rows. The script takes a minute or two and needs no network. The exit code is 1
+if a check fails.
 """
 
 import hashlib
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -29,18 +37,10 @@ from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.config.load import from_mapping
 from tunesmith.config.names import last_part
 from tunesmith.config.schema import Run
-from tunesmith.distributed.heartbeat import AGREED
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks, choose_gpu, join_ranks, started_as
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.errors import (
-    EXIT_FAILED,
-    MachineError,
-    OtherRankError,
-    RunError,
-    TunesmithError,
-    first_line,
-)
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, MachineError
 from tunesmith.formats.nf4 import check_nf4
 from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.signals import StopRequest
@@ -49,7 +49,6 @@ from tunesmith.metrics.sink import Sinks
 from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.schemes import NF4, scheme_of
-from tunesmith.run_dir import Phase
 from tunesmith.start.agree import check_same_recipe
 from tunesmith.start.build import build
 from tunesmith.start.request import Request
@@ -87,9 +86,6 @@ LORA_ALPHA = 8.0
 # Lower bound of the divisor of a relative difference, so that an expected value of 0 causes no
 # division by 0.
 TINY = 1e-30
-# Seconds without progress after which a rank counts as stuck. All steps of a mesh take a few
-# seconds.
-STUCK_SECONDS = 180.0
 # Config of the model. Heads, KV heads, widths and nf4 blocks per row are divisible by 8, so that up
 # to 8 tensor ranks can share a layer. The 272 token ids are the 256 bytes, an end token and 15
 # unused ids.
@@ -122,7 +118,6 @@ MEANING = {
     "or the optimizer or final/ omits it",
     COPIES_CHECK: "ranks have different values of the same weight or moment: replicas diverge",
 }
-MakeMesh = Callable[[MeshShape, str], Mesh]
 
 
 class Kind(NamedTuple):
@@ -133,7 +128,7 @@ class Kind(NamedTuple):
 
 
 class CheckRow(TypedDict):
-    """One row of the table, in the format of `selfcheck --json`.
+    """One row of the table, in the format of --json.
 
     `step` is the step at which `expected` and `found` were recorded.
     """
@@ -146,17 +141,6 @@ class CheckRow(TypedDict):
     tolerance: str
     passed: bool
     meaning: str
-
-
-class Report(TypedDict):
-    """The result of all checks, in the format of `selfcheck --json`."""
-
-    passed: bool
-    ranks: int
-    device: str
-    hosts: list[str]
-    seconds: float
-    checks: list[CheckRow]
 
 
 # Shard of a tensor: the tensor's name, and for each dimension the start and end index.
@@ -267,8 +251,6 @@ class SelfCheck:
             # Skip nf4, because the package that it needs is not installed.
             names.remove("nf4 lora")
         self.kinds = [Kind(name, dtype) for dtype in dtypes for name in names]
-        # Create each mesh only once, because process groups use sockets and memory of NCCL.
-        self.make_mesh = cache(Mesh.of)
         self.rows: list[CheckRow] = []
         # Records of training in one process with one micro batch per step.
         self.reference_records: dict[Kind, list[StepRecord]] = {}
@@ -334,31 +316,11 @@ class SelfCheck:
         share, step, allowed, value, found = max(figures)
         self.add(check, f"{value:.8g}", f"{found:.8g}", share <= 1, step, f"{allowed:.0e}")
 
-    @contextmanager
-    def on(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> Iterator[None]:
-        """Add the kind of training and the mesh to all rows and errors of the `with` block."""
+    def begin(self, kind: Kind, shape: MeshShape) -> None:
+        """Name the kind of training and the mesh in all rows until the next call."""
         what = kind.name if kind.dtype == "fp32" else f"{kind.name} {kind.dtype}"
         self.part = f"{what}, {shape.describe()}: "
         self.mesh = shape
-        ranks.heartbeat.activity.phase_prefix = self.part
-        ranks.heartbeat.activity.longest_limit = STUCK_SECONDS
-        ranks.heartbeat.phase(Phase.LOADING)
-        try:
-            yield
-        except OtherRankError:
-            raise
-        except Exception as error:
-            # All ranks raise an error of these types. Replace it on all ranks except rank 0, so
-            # that only rank 0 reports it.
-            if isinstance(error, AGREED) and not ranks.is_main_process:
-                raise OtherRankError(str(error), exit_code=EXIT_FAILED) from error
-            text = f"{type(error).__name__}: {first_line(error)}"
-            cause = error if isinstance(error, TunesmithError) else RunError(text)
-            fix = cause.fix or "set TUNESMITH_DEBUG=1 to see the traceback"
-            what = f"{self.part}{cause.what}"
-            raise RunError(what, where=cause.where, why=cause.why, fix=fix) from error
-        self.part = ""
-        self.mesh = None
 
     def recipe(self, kind: Kind, shape: MeshShape, *, count: int) -> Run:
         """Return the recipe of a kind of training on a mesh.
@@ -408,7 +370,7 @@ class SelfCheck:
         """
         run = self.recipe(kind, shape, count=2)
         first, others = TOLERANCES[kind.dtype, self.device.type]
-        trainer = take_steps(run, ranks, self.make_mesh)
+        trainer = take_steps(run, ranks)
         digests = ranks.all_gather_object(digests_of(trainer))
         records = trainer.metrics.records
         if ranks.is_main_process:
@@ -448,7 +410,7 @@ class SelfCheck:
             shutil.rmtree(out / f"checkpoint-{STEPS}", ignore_errors=True)
             shutil.rmtree(out / "final", ignore_errors=True)
         ranks.all_gather_object(None)
-        resumed = take_steps(run, ranks, self.make_mesh)
+        resumed = take_steps(run, ranks)
         if ranks.is_main_process:
             names = ["loss", "grad_norm"]
             again = resumed.metrics.records
@@ -485,7 +447,7 @@ def digests_of(trainer: Trainer) -> dict[PartOfTensor, str]:
     return digests
 
 
-def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer:
+def take_steps(run: Run, ranks: Ranks) -> Trainer:
     """Train like the command `train`, but print nothing. This is a collective call.
 
     A resumed run writes no final weights.
@@ -495,7 +457,7 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     ranks = choose_run_dir_writers(ranks, out, lambda: out.mkdir(exist_ok=True))
     with stderr_only_from("tunesmith.rows", "tunesmith.tokens"):
         start = decide_start(run, ranks)
-        session = build(Request(run, start), ranks, make_mesh=make_mesh)
+        session = build(Request(run, start), ranks)
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and not start.progress:
             write_identity(session, None)
@@ -514,17 +476,18 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     return trainer
 
 
-def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
+def run_checks(on_row: Callable[[CheckRow], None]) -> list[CheckRow]:
     """Run all checks on this process and the ranks that were started with it.
 
     Args:
         on_row: a function that is called with each row of the table on rank 0.
 
     Returns:
-        The report, on every rank.
+        The rows of the table, on every rank.
     """
     env = started_as() or {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    began = time.monotonic()
+    # Create each mesh only once, because process groups use sockets and memory of NCCL.
+    Mesh.of = cache(Mesh.of)
     inputs = tempfile.TemporaryDirectory(prefix="tunesmith-selfcheck-", ignore_cleanup_errors=True)
     with inputs as folder, ExitStack() as stack:
         check = SelfCheck(Path(folder), env["WORLD_SIZE"], on_row)
@@ -534,10 +497,10 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
         if env["RANK"] == 0:
             write_inputs(check.folder, STEPS * check.batch)
             for kind in check.kinds:
-                with check.on(kind, ONE, ONE_PROCESS):
-                    trainer = take_steps(check.recipe(kind, ONE, count=1), ONE_PROCESS)
-                    check.reference_records[kind] = trainer.metrics.records
-                    check.check_mesh(kind, ONE, ONE_PROCESS)
+                check.begin(kind, ONE)
+                trainer = take_steps(check.recipe(kind, ONE, count=1), ONE_PROCESS)
+                check.reference_records[kind] = trainer.metrics.records
+                check.check_mesh(kind, ONE, ONE_PROCESS)
         with join_ranks() as ranks:
             # All ranks use the folder and the kinds of rank 0.
             check.folder, check.kinds = ranks.broadcast_object((check.folder, check.kinds))
@@ -549,15 +512,7 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
                     write_inputs(check.folder, STEPS * check.batch)
             if ranks.world > 1:
                 check_meshes(check, ranks)
-            rows = ranks.broadcast_object(check.rows)
-    return {
-        "passed": all(row["passed"] for row in rows),
-        "ranks": ranks.world,
-        "device": torch.cuda.get_device_name() if check.device.type == "cuda" else "CPU",
-        "hosts": sorted({*ranks.hosts} - {""}) or ["localhost"],
-        "seconds": round(time.monotonic() - began, 1),
-        "checks": rows,
-    }
+            return ranks.broadcast_object(check.rows)
 
 
 def check_meshes(check: SelfCheck, ranks: Ranks) -> None:
@@ -569,5 +524,30 @@ def check_meshes(check: SelfCheck, ranks: Ranks) -> None:
     node = math.gcd(*ranks.all_gather_object(ranks.local_world))
     for shape in meshes_of(ranks.world, node):
         for kind in check.kinds:
-            with check.on(kind, shape, ranks):
-                check.check_mesh(kind, shape, ranks)
+            check.begin(kind, shape)
+            check.check_mesh(kind, shape, ranks)
+
+
+def print_row(row: CheckRow) -> None:
+    """Print a row of the table. For a failed check, also print the likely cause."""
+    step = f"step {row['step']}" if row["step"] else ""
+    figures = f"{step:>6} {row['expected']:>11} {row['found']:>11} {row['tolerance']:>6}"
+    print(f"{row['check']:<76} {figures} {'pass' if row['passed'] else 'FAIL'}", flush=True)
+    if row["meaning"]:
+        print(f"  {row['meaning']}", flush=True)
+
+
+def main() -> int:
+    began = time.monotonic()
+    as_json = "--json" in sys.argv
+    rows = run_checks((lambda row: None) if as_json else print_row)
+    failed = sum(not row["passed"] for row in rows)
+    if (started_as() or {"RANK": 0})["RANK"] == 0:
+        seconds = time.monotonic() - began
+        summary = f"{failed} of {len(rows)} checks failed, {seconds:.0f} s"
+        print(json.dumps(rows, indent=1) if as_json else summary)
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
