@@ -65,13 +65,8 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
     on_b = {"train": {"learning_rate": 2e-3, "seed": 7, "micro_batch": "2 examples"}}
     found = run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {})
     where = end_together(found, layout, "RecipeError")
-    for key, here, there in (
-        ("learning_rate", "0.001", "0.002"),
-        ("seed", "42", "7"),
-        ("micro_batch", "128 tokens", "2 examples"),
-    ):
-        (told,) = [part for part in where.split("train.") if part.startswith(f"{key}: ")]
-        assert holds(told, here, "0 on node-a", there, f"{layout.index('b')} on node-b")
+    assert holds(where, "train", "0 on node-a", f"{layout.index('b')} on node-b")
+    assert not holds(where, "model")
 
 
 def source_of(file: Path) -> dict[str, str]:
@@ -81,7 +76,7 @@ def source_of(file: Path) -> dict[str, str]:
 def test_another_version(tiny, tmp_path):
     found = run_ranks(2, start, "ab", tiny, tmp_path, {}, {}, {"tokenizers": "0.1"})
     where = end_together(found, "ab", "MachineError")
-    assert holds(where, "tokenizers", "0.1", "1 on node-b")
+    assert holds(where, "versions", "0 on node-a", "1 on node-b")
 
 
 @pytest.mark.nightly
@@ -100,8 +95,7 @@ def test_another_number_of_rows_is_refused(tiny, tmp_path):
     changes = {**WITH_ROWS, "parallel": {"shard": 2}, "adapter": {"kind": "none"}}
     found = run_ranks(2, start, "ab", tiny, tmp_path, changes, on_b, {})
     where = end_together(found, "ab", "DataError")
-    assert "data.train: 48 rows, " in where
-    assert "on node-a; 11 rows, " in where
+    assert holds(where, "data.train", "0 on node-a", "1 on node-b")
 
 
 def test_other_rows_another_template_and_another_base_are_refused(tiny, tmp_path):
@@ -117,5 +111,5 @@ def test_other_rows_another_template_and_another_base_are_refused(tiny, tmp_path
     on_b = {"data": data, "model": {"name": str(other)}}
     found = run_ranks(2, start, "ab", tiny, tmp_path, WITH_ROWS, on_b, {})
     where = end_together(found, "ab", "ModelError")
-    for place in ("data.train: 48 rows, ", "data.template: ", "model.name: weights: "):
-        assert place in where
+    assert holds(where, "data.train", "data.template", "model.name")
+    assert not holds(where, "model.tokenizer")

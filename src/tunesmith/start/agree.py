@@ -3,14 +3,15 @@ result would be wrong if the inputs differed.
 
 Different inputs cause no error by themselves. With different learning rates, copies of the model
 drift apart. With different bases, the shards of a weight come from two models. With different row
-counts, the ranks wait for each other in different collectives forever. The ranks compare values and
-digests, a few kilobytes per rank. If they differ, all ranks exit with code 2.
+counts, the ranks wait for each other in different collectives forever. The ranks compare one digest
+per group of values, such as a section of the recipe. If a digest differs, all ranks exit with code
+2.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,9 +29,7 @@ from tunesmith.errors import (
     UsageError,
 )
 from tunesmith.host.packages import installed_versions, source_digest
-from tunesmith.host.shell import shell_word
 from tunesmith.model.weights.safetensors_files import ENDS_AND_MIDDLE, read_headers, sampled_digest
-from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.batches.training_data import TrainingData
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from tunesmith.start.tokens import TokenFacts
 
 NEXT_LINE = "\n         "  # aligns with the text after `  where: `
-MAX_NAMES = 4  # maximum number of ranks or nodes that an error lists
+MAX_NAMES = 4  # maximum number of ranks that an error lists
 # Keys of config.json whose values may differ between ranks, because they do not change the model.
 NOT_COMPUTED = (
     "_name_or_path",
@@ -48,9 +47,8 @@ NOT_COMPUTED = (
     "torch_dtype",
     "use_cache",
 )
-# Facts about the inputs of a rank. A key names an input in an error, and its value is a text that
-# the ranks compare.
-Facts = dict[str, str]
+# Groups of values, by the name of the group in an error.
+Groups = Mapping[str, object]
 
 
 def check_same_recipe(run: Run, ranks: Ranks) -> None:
@@ -60,32 +58,25 @@ def check_same_recipe(run: Run, ranks: Ranks) -> None:
     """
     if ranks.world == 1:
         return
-    differences = find_differences(ranks, ranks.all_gather_object(software_versions()))
+    differences = find_differences(ranks, {"versions": software_versions()})
     if differences:
-        what = f"the ranks have different versions of {', '.join(differences)}"
-        fix = (
-            "install the same versions on every node; `tunesmith doctor --pair HOST` compares the "
-            "versions"
-        )
-        where = lines_by_key(differences)
+        what = "the ranks have different versions of packages"
+        fix = "install the same versions on every node; `tunesmith doctor --pair HOST` shows them"
+        where = NEXT_LINE.join(differences)
         end_all_ranks(ranks, MachineError(what, where=where, fix=fix, cause="version"))
+    sections: dict[str, dict[str, object]] = {}
     # Skip the keys of paths and Hub ids, because their values may differ between nodes.
-    values = {}
     for key, value in flatten(run).items():
         if not is_place(key):
-            values[key] = value if isinstance(value, str) else json.dumps(value)
-    differences = find_differences(ranks, ranks.all_gather_object(values))
+            sections.setdefault(key.partition(".")[0], {})[key] = value
+    differences = find_differences(ranks, sections)
     if differences:
-        keys = list(differences)
-        what = f"the ranks have different recipes: {', '.join(keys[:MAX_NAMES])}"
+        what = "the ranks have different recipes"
         fix = "use the same recipe and the same options on every node"
-        if keys[0] in values:
-            setting = f"{keys[0]}={values[keys[0]]}"
-            fix += f", such as {shell_word(setting)}"
-        end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
+        end_all_ranks(ranks, RecipeError(what, where=NEXT_LINE.join(differences), fix=fix))
 
 
-def software_versions() -> Facts:
+def software_versions() -> dict[str, str]:
     """Return the versions of packages that affect results, and a digest of tunesmith's files."""
     versions = dict(installed_versions())
     # Include numpy, which shuffles the examples, and triton, which compiles kernels.
@@ -112,21 +103,13 @@ def check_same_inputs(tokens: "TokenFacts", files: "ModelFiles", ranks: Ranks) -
     if ranks.world == 1:
         return
     with ranks.raise_on_all_ranks():
-        parts = model_parts(tokens, files) | data_parts(tokens.data)
-        # If the weights are drawn at random, the folder has no weights to compare.
-        if tokens.model.rows.request.weights == "stored":
-            # Compare a digest of the beginning, the middle and the end of each tensor, which takes
-            # milliseconds for a 70B model. A difference at another position is not detected. If a
-            # model has more than 4,096 tensors, only every n-th tensor is read.
-            entries = list(itertools.chain.from_iterable(read_headers(files.folder).values()))
-            parts["model.name: weights"] = sampled_digest(entries, ENDS_AND_MIDDLE)
-    differences = find_differences(ranks, ranks.all_gather_object(parts))
+        groups = {**model_groups(tokens, files), **data_groups(tokens.data)}
+    differences = find_differences(ranks, groups)
     if not differences:
         return
-    keys = dict.fromkeys(key.partition(":")[0] for key in differences)
-    what = f"the ranks read different {', '.join(keys)}"
-    where = lines_by_key(differences)
-    if all(key.startswith("data.") for key in keys):
+    what = "the ranks read different inputs"
+    where = NEXT_LINE.join(differences)
+    if all(line.startswith("data.") for line in differences):
         fix = "copy the same files of rows and template to every node"
         end_all_ranks(ranks, DataError(what, where=where, fix=fix))
     fix = (
@@ -136,70 +119,65 @@ def check_same_inputs(tokens: "TokenFacts", files: "ModelFiles", ranks: Ranks) -
     end_all_ranks(ranks, ModelError(what, where=where, fix=fix))
 
 
-def model_parts(tokens: "TokenFacts", files: "ModelFiles") -> Facts:
-    """Return facts about the base model's config, the tokenizer, and the adapter to continue."""
+def model_groups(tokens: "TokenFacts", files: "ModelFiles") -> Groups:
+    """Return the base model, the tokenizer, the reward and the adapter to continue."""
     config = files.config.to_dict()
     computed = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
-    text = json.dumps(computed, sort_keys=True, default=str)
-    support = files.support
-    parts = {
-        "model.name: config.json": hashlib.sha256(text.encode()).hexdigest(),
-        "model.name: how its layers train": ", ".join([support.state, *support.recurrent]),
-        "model.tokenizer": tokens.data.template.tokenizer_hash,
-    }
-    reward_hash = tokens.hashes.get("reward_hash")
-    if reward_hash:
-        parts["method.reward"] = reward_hash
+    weights = None
+    # If the weights are drawn at random, the folder has no weights to compare.
+    if tokens.model.rows.request.weights == "stored":
+        # Compare a digest of the beginning, the middle and the end of each tensor, which takes
+        # milliseconds for a 70B model. A difference at another position is not detected. If a
+        # model has more than 4,096 tensors, only every n-th tensor is read.
+        entries = list(itertools.chain.from_iterable(read_headers(files.folder).values()))
+        weights = sampled_digest(entries, ENDS_AND_MIDDLE)
     adapter = tokens.run.adapter.from_
-    if adapter is not None and tokens.start.checkpoint is None:
-        parts["adapter.from"] = adapter_digest(adapter)
-    return parts
-
-
-def data_parts(data: "TrainingData") -> Facts:
-    """Return facts about the template and the rows. For rows, these are digests of the tokens."""
-    prompt = f"{data.template.jinja} {sorted(data.template.end_ids)}"
-    counts = data.train.counts
-    parts = {
-        "data.template": hashlib.sha256(prompt.encode()).hexdigest(),
-        "data.train": f"{count_of(counts.kept, 'row')}, {counts.digest}",
+    is_new = tokens.start.checkpoint is None
+    return {
+        "model.name": (computed, files.support.state, files.support.recurrent, weights),
+        "model.tokenizer": tokens.data.template.tokenizer_hash,
+        "method.reward": tokens.hashes.get("reward_hash"),
+        "adapter.from": adapter_digest(adapter) if adapter is not None and is_new else None,
     }
-    if data.validation is not None:
-        counts = data.validation.counts
-        parts["data.validation"] = f"{count_of(counts.kept, 'row')}, {data.validation_digest}"
-    return parts
 
 
-def find_differences(ranks: Ranks, facts_by_rank: Sequence[Facts]) -> Facts:
-    """Return the facts that differ between ranks. Each value is a text such as `1e-4 for rank 0 on
-    spark-a; 2e-4 for rank 1 on spark-b`.
+def data_groups(data: "TrainingData") -> Groups:
+    """Return the template and the rows. The rows are compared by their tokens."""
+    validation = data.validation
+    return {
+        "data.template": (data.template.jinja, sorted(data.template.end_ids)),
+        "data.train": (data.train.counts.kept, data.train.counts.digest),
+        "data.validation": validation and (validation.counts.kept, data.validation_digest),
+    }
+
+
+def find_differences(ranks: Ranks, groups: Groups) -> list[str]:
+    """Compare a digest of each group on all ranks, and return a line for each group that differs.
+    This is a collective call.
+
+    A line is such as `train: 3f1c02ab for rank 0 on spark-a; 9d0e71c4 for rank 1 on spark-b`.
 
     Args:
-        facts_by_rank: the facts of each rank.
+        groups: the values of each group. All ranks have the same groups.
     """
-    differences = {}
-    for key in dict.fromkeys(itertools.chain.from_iterable(facts_by_rank)):
+    digests = {}
+    for name, values in groups.items():
+        text = json.dumps(values, sort_keys=True, default=str)
+        digests[name] = hashlib.sha256(text.encode()).hexdigest()[:8]
+    by_rank = ranks.all_gather_object(digests)
+    lines = []
+    for name in groups:
         holders: dict[str, list[int]] = {}
-        for rank, parts in enumerate(facts_by_rank):
-            text = parts.get(key, "missing")
-            holders.setdefault(text, []).append(rank)
-        if len(holders) == 1:
-            continue
-        sides = []
-        for text, group in holders.items():
-            names = ", ".join(map(ranks.name, group[:MAX_NAMES]))
-            side = f"{text} for {names}"
-            more = len(group) - MAX_NAMES
-            if more > 0:
-                side += f" and {more} more"
-            sides.append(side)
-        differences[key] = "; ".join(sides)
-    return differences
-
-
-def lines_by_key(differences: Mapping[str, str]) -> str:
-    """Format the differences for the argument `where` of an error, one line per key."""
-    return NEXT_LINE.join(f"{key}: {text}" for key, text in differences.items())
+        for rank, found in enumerate(by_rank):
+            holders.setdefault(found[name], []).append(rank)
+        if len(holders) > 1:
+            sides = []
+            for digest, group in holders.items():
+                more = f" and {len(group) - MAX_NAMES} more" if len(group) > MAX_NAMES else ""
+                names = ", ".join(map(ranks.name, group[:MAX_NAMES]))
+                sides.append(f"{digest} for {names}{more}")
+            lines.append(f"{name}: {'; '.join(sides)}")
+    return lines
 
 
 def end_all_ranks(ranks: Ranks, error: UsageError) -> NoReturn:
