@@ -226,7 +226,6 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
         raise RecipeError(
             f"{min(in_both)!r} is both an adapter target and a module to save",
             where="adapter.modules_to_save",
-            why="a module is either trained in full or through an adapter",
             fix="remove it from adapter.target or from adapter.modules_to_save",
         )
     return names
@@ -384,7 +383,6 @@ def _check_known(model: nn.Module, saved: Iterable[str], names: Collection[str])
             raise RecipeError(
                 f"{ending!r} is the model's projector, which is frozen",
                 where=key,
-                why="the projector is trained only if model.train_projector is true",
                 fix="set model.train_projector=true",
             )
 
@@ -399,7 +397,6 @@ def _check_saved(model: nn.Module, adapter: Adapter) -> None:
             raise RecipeError(
                 f"{name} is quantized ({layer.format.name}) and cannot be trained in full",
                 where="adapter.modules_to_save",
-                why="quantized weights are frozen",
                 fix="remove it from adapter.modules_to_save (adapter.target can adapt it instead), "
                 "or set model.quantize=none",
             )

@@ -576,7 +576,6 @@ def _check_none(names: Collection[str], problem: str, file: Path) -> None:
     raise ModelError(
         name_tensors(shown, problem),
         where=file,
-        why="adapter and model do not match",
         fix="use the base model, target, rank and modules_to_save that the adapter was "
         "trained with",
     )

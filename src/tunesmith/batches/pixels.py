@@ -56,7 +56,6 @@ def make_pixels(processor: "PictureProcessor", task: PixelTask) -> Pixels:
             raise DataError(
                 "the picture has changed since its row was tokenized",
                 where=place,
-                why="the picture file was changed after the rows were read",
                 fix="restore the old file, or resume with checkpoint.resume=force, which"
                 " continues with the new file",
             )

@@ -158,7 +158,6 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
         raise ModelError(
             f"{described}, but the weights have {stored:,}",
             where=folder / "config.json",
-            why="the weights and config.json do not describe the same model",
             fix="fetch the model again, or correct config.json",
         )
     if model.tokenizer is None and not _has_tokenizer(folder):

@@ -196,9 +196,8 @@ def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
     moved = moved_to_host(run, machine)
     if moved and machine.integrated:
         raise RecipeError(
-            "offloading saves no memory on this GPU",
+            "offloading saves no memory, because this GPU shares the host's memory",
             where="train.cpu_offload",
-            why="this GPU shares the host's memory",
             fix="set train.cpu_offload=[]",
         )
     if "parameters" not in moved or mesh.world > 1:

@@ -339,7 +339,6 @@ def _preference(row: RowReader) -> list[Sample]:
         if not set(prompt_texts) <= set(_texts_of(shared)):
             raise row.error(
                 "the prompt differs from the first messages of chosen and rejected",
-                why="chosen and rejected must begin with the prompt",
                 fix="make these messages equal, or remove the prompt",
             )
     count = len(shared)
@@ -359,7 +358,6 @@ def _pair_prompt(row: RowReader) -> object:
         if not is_absent(prompt):
             raise row.error(
                 "the row has both prompt and conversations",
-                why="each of them can be the prompt of chosen and rejected",
                 fix="delete one of these columns",
             )
         prompt = row.json(conversations, "conversations")
@@ -379,7 +377,6 @@ def _with_input(row: RowReader, prompt: object) -> object:
     if not isinstance(prompt, str):
         raise row.error(
             "the row has a column input, but no prompt that is a text",
-            why="an input can only be added to a prompt that is a text",
             fix="write the input into the messages of the prompt, or delete the column input",
         )
     return f"{prompt}\n{row.text(extra, 'input')}"

@@ -243,8 +243,7 @@ def _read_turn(
         return _with_results(row, role, parts, at)
     if (parts.thought or parts.calls) and role != "assistant":
         raise row.error(
-            f"a {role} {form.noun} has reasoning or tool calls",
-            why="only messages of the assistant can have reasoning and tool calls",
+            f"a {role} {form.noun} has reasoning or tool calls, which only the assistant can have",
             at=at,
         )
     # A turn with calls or reasoning does not need a text.
@@ -320,7 +319,6 @@ def _read_others(
     if len({thought.strip() for thought in thoughts.values()}) > 1:
         raise row.error(
             f"the reasoning texts in {' and '.join(thoughts)} differ",
-            why="an answer has only one reasoning text",
             fix="delete one of these texts",
             at=at,
         )
@@ -541,7 +539,6 @@ def with_row_system(row: RowReader, messages: list[Message]) -> list[Message]:
     if first["content"].strip() != system.strip():
         raise row.error(
             "the system column and the system message differ",
-            why="a conversation has one system message",
             fix="delete one of the two",
         )
     return messages

@@ -49,7 +49,6 @@ def read_picture_part(row: RowReader, part: Mapping[str, object], role: str, at:
     if role != "user":
         raise row.error(
             f"a message of the {role} has a picture",
-            why="pictures are only supported in turns of the user",
             fix="move the picture into a turn of the user, or remove the part",
             at=at,
         )
@@ -188,7 +187,6 @@ def _mark_texts(row: RowReader, messages: list[Message]) -> list[Picture | None]
         if count and message["role"] != "user":
             raise row.error(
                 f"a message of the {message['role']} has {PICTURE_TEXT_MARK}",
-                why="pictures are only supported in turns of the user",
                 fix="move the picture into a turn of the user",
                 at=f"message {n}",
             )
@@ -212,7 +210,6 @@ def _value_in(row: RowReader, holder: Mapping[str, object], at: str) -> object:
     if len(found) > 1:
         raise row.error(
             f"a picture has the keys {' and '.join(found)}",
-            why="only one of these keys can hold the picture",
             fix="keep one of them and delete the others",
             at=at,
         )

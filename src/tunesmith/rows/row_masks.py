@@ -88,7 +88,6 @@ def _read_mask(row: RowReader, role: str, turn: Mapping[str, object], at: str) -
     if len(set(marks.values())) > 1:
         raise row.error(
             f"the keys {' and '.join(marks)} contradict each other",
-            why="one key says that the turn is trained on, and another key that it is not",
             fix="remove the wrong key",
             at=at,
         )

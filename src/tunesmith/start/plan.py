@@ -319,9 +319,8 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
         for part in ("attention", "compiles", "scaling", "integrated"):
             if found[part] != expected[part]:
                 raise MachineError(
-                    f"{part} is {found[part]} on {ranks.name(rank)}, but {expected[part]} on "
-                    f"{ranks.name(0)}",
-                    why="all ranks must compute in the same way",
+                    f"{part} must be the same on all ranks, but it is {found[part]} on "
+                    f"{ranks.name(rank)} and {expected[part]} on {ranks.name(0)}",
                     fix="use nodes with the same hardware and software, or set the value in the "
                     "recipe, such as train.compile=off",
                 )

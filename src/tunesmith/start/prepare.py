@@ -183,9 +183,8 @@ def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
     if len(train) and schedule.steps_per_epoch(0) == 0:
         weights = ", ".join(str(source.weight) for source in run.data.train)
         raise DataError(
-            "an epoch would have no examples because of the weights in data.train",
+            f"{count_of(len(train), 'example')} with weights {weights} give an epoch no examples",
             where="data.train",
-            why=f"{count_of(len(train), 'example')} with weights {weights}",
             fix="raise the weights (data.train.weight)",
         )
     return schedule

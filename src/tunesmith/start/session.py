@@ -153,10 +153,9 @@ def compare_eight_bits(
     with ranks.raise_on_all_ranks():
         if not change.is_tolerable and ranks.is_main_process:
             raise ModelError(
-                f"quantization to {plan.base} changes the base model's loss by more than "
-                f"{MAX_LOSS_CHANGE:.0%}",
+                f"quantization to {plan.base} changes the base model too much: the "
+                f"{loss_change_text(change)}, and the limit is {MAX_LOSS_CHANGE:.0%}",
                 where="model.quantize",
-                why=f"the {loss_change_text(change)}",
                 fix="set model.quantize=none",
             )
     change_text = f"{count_of(change.layers, 'layer')}: {loss_change_text(change)}"

@@ -318,7 +318,6 @@ def _add_example(
         raise DataError(
             f"the row has {length} tokens, but data.seq_len is {data.seq_len}",
             where=where,
-            why="data.too_long=error does not allow rows that are longer than data.seq_len",
             fix=f"set data.seq_len={length}, or data.too_long=truncate, or data.too_long=drop",
         )
     is_dropped = too_long == "drop"

@@ -193,7 +193,6 @@ class Rows:
             raise DataError(
                 f"the row is {json_type(row)}, not an object",
                 where=table.where(at),
-                why="each row is an object with named columns",
                 fix='write the row as {"column": value, ...}, or delete the row',
             )
         return row

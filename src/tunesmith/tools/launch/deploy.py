@@ -248,9 +248,8 @@ def _check_alike(node: SwarmNode, facts: NodeFacts, here: SwarmNode, own_facts: 
     # The files of the run must belong to the same user on all nodes.
     if facts.user != own_facts.user:
         raise MachineError(
-            f"your uid and gid on {facts.host} differ from those on this node: {facts.user}",
+            f"your uid and gid are {facts.user} on {facts.host}, but {own_facts.user} on this node",
             where="uid and gid",
-            why=f"your uid and gid on this node are {own_facts.user}",
             fix="use the same uid and gid on all nodes (usermod -u)",
         )
     offers_no_gpu = facts.has_gpu and not node.gpus

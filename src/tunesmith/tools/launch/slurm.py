@@ -464,7 +464,6 @@ def _container_words(run: Run, request: JobRequest) -> list[str]:
             raise UsageError(
                 f"Pyxis cannot mount {path}",
                 where="--container",
-                why="Pyxis separates mounts by : and ,",
                 fix="rename the folder so that the path has no : and no ,",
             )
     mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys(paths))
