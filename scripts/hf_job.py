@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["huggingface_hub>=1.5"]
 # ///
-"""Fine-tune a model in a job of Hugging Face Jobs, and push the result to the Hub.
+"""Fine-tune a model in a job of Hugging Face Jobs, and upload the result to the Hub.
 
 hf jobs uv run --flavor a10g-small --timeout 2h --secrets HF_TOKEN \\
     --with 'tunesmith @ git+URL' scripts/hf_job.py \\
@@ -11,14 +11,15 @@ uv run --with . scripts/hf_job.py --model MODEL --data rows.jsonl   # on this ma
 
 URL is the address of a git repository of tunesmith. Arguments that are not listed below, such as
 --split, --format, --columns and key=value, are passed to `tunesmith train`. Without --to, nothing
-is pushed. A job's disk is deleted when the job ends. Therefore write access to --to is checked
-before the training, and a job that is stopped pushes its newest checkpoint.
+is uploaded. A job's disk is deleted when the job ends. Therefore write access to --to is checked
+before the training, and a job that is stopped uploads its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -27,10 +28,7 @@ STOPPED = 75  # exit code of a run that saved and stopped after a signal
 
 
 def main() -> int:
-    """Train and push the result.
-
-    Return the exit code of `push` if `push` fails, and the exit code of `train` otherwise.
-    """
+    """Train and upload the result. Return the exit code of `train`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -38,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--model", required=True, help="model: a Hub id, a folder, or demo")
     parser.add_argument("--data", required=True, help="data set: a Hub id or a file")
-    parser.add_argument("--to", metavar="OWNER/NAME", help="repository on the Hub to push to")
+    parser.add_argument("--to", metavar="OWNER/NAME", help="repository on the Hub to upload to")
     parser.add_argument(
         "--public", action="store_true", help="make the repository public if it is new"
     )
@@ -67,9 +65,21 @@ def main() -> int:
     made = ["--model", options.model, "--data", options.data]
     code = tunesmith(["train", *made, *train_words, f"output_dir={options.output_dir}"])
     if options.to and code in (0, STOPPED):
-        public = ["--public"] if options.public else []
-        code = tunesmith(["push", options.output_dir, "--to", options.to, *public]) or code
+        HfApi().upload_folder(
+            repo_id=options.to,
+            folder_path=newest_weights(Path(options.output_dir)),
+            # Only a resumed run needs the optimizer state.
+            ignore_patterns=["state/*", "manifest.json"],
+        )
     return code
+
+
+def newest_weights(run_dir: Path) -> Path:
+    """Return the folder final/, or the newest checkpoint of a run that was stopped."""
+    final = run_dir / "final"
+    checkpoints = run_dir.glob("checkpoint-*")
+    by_step = sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+    return final if final.is_dir() else by_step[-1]
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ def test_the_card_of_a_run(trained: Path, tiny: Path) -> None:
     assert data.tags == ["tunesmith", "lora", "sft"]
     assert data.base_model is None, "a folder of this machine is nobody else's base"
     assert data.datasets is None
-    assert holds(text, tiny.name, "train.jsonl", 8, "1.33", 64, "val_loss")
-    assert "torch 2." in text
+    assert holds(text, tiny.name, "train.jsonl")
     assert str(trained.parent) not in text
     assert str(tiny.parent) not in text
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
@@ -62,7 +61,7 @@ def test_hub_ids_are_named_as_base_and_data_sets_with_the_licence(trained, tmp_p
     run, alpaca = load_recipe(trained / "config.yaml"), Source(source="tatsu-lab/alpaca")
     rows = (alpaca, *run.data.train, alpaca)
     run = replace(run, model=Model(name="someone/big"), data=replace(run.data, train=rows))
-    data = ModelCard(model_card(run.model, run, trained)).data
+    data = ModelCard(model_card(run.model, run)).data
     assert (data.base_model, data.datasets) == ("someone/big", ["tatsu-lab/alpaca"])
     licence = (data.license, data.license_name, data.license_link)
     assert licence == ("other", "tiny-licence", "https://example.org/l")

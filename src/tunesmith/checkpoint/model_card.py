@@ -2,14 +2,12 @@
 
 The Hub shows it as the page of the model.
 
-The card is made from files in the run directory (recipe, metrics.jsonl, env.json). It contains no
-path of this machine.
+The card is made from the recipe and the card of the base model. It contains no path of this
+machine.
 """
 
 import re
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
@@ -19,10 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from tunesmith.config.dump import dump
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Model, Run
-from tunesmith.errors import RunError
-from tunesmith.metrics.record import read_records, read_start_values
-from tunesmith.metrics.run_figures import run_figures
-from tunesmith.run_dir import METRICS, Fields, describe_weights, read_env
+from tunesmith.run_dir import Fields
 
 # Jinja template of a model card, for `ModelCard.from_template`.
 TEMPLATE = """\
@@ -40,12 +35,6 @@ TEMPLATE = """\
 {%- if recipe %}
 
 Trained on {% for row in rows %}`{{ row }}`{{ ", " if not loop.last }}{% endfor %} with tunesmith.
-{%- if figures %}
-
-```text
-{{ figures }}
-```
-{%- endif %}
 
 <details><summary>The recipe</summary>
 
@@ -63,48 +52,22 @@ Trained on {% for row in rows %}`{{ row }}`{{ ", " if not loop.last }}{% endfor 
 _FOLDERS = re.compile(
     r"^( *(?:- )?(?:name|tokenizer|from|source|template|\w+_dir): \"?)/(?:.*/)?", re.MULTILINE
 )
-_PACKAGES = ("tunesmith", "python", "torch", "transformers", "peft")
-
-
-@dataclass(frozen=True)
-class CardFile:
-    """A row of the table of files in the model card.
-
-    Attributes:
-        kind: format and dtype of the weights.
-        mean_kl: KL divergence from the fine-tuned model in nats, measured at export. None if it was
-            not measured.
-        agreement: fraction of positions with the same most likely token.
-    """
-
-    name: str
-    kind: str
-    bytes: int
-    mean_kl: float | None = None
-    agreement: float | None = None
 
 
 def model_card(
     base: Model,
     run: Run | None = None,
-    run_dir: Path = Path(),
     *,
     merged: str = "",
-    library: str | None = None,
     is_trained: bool = True,
-    step: int | None = None,
 ) -> str:
     """Return the text of the README.md of a model.
 
     Args:
         base: the model that was trained, or the base model of the adapter.
-        run, run_dir: the resolved recipe and the run directory, if they are known.
-        merged: if the adapter was merged into the base weights, the dtype of the merged weights, or
-            "GGUF". Otherwise empty.
-        library: the Hub's name of the library that reads the files. None means Transformers or
-            PEFT.
+        run: the resolved recipe, if it is known.
+        merged: the dtype of the weights if the adapter was merged into them. Otherwise empty.
         is_trained: whether the model was trained. False if it is only the base in another format.
-        step: step of the weights. None if it is not known.
     """
     is_full = run is not None and run.adapter.kind == "none"
     tags = ["tunesmith"]
@@ -120,7 +83,7 @@ def model_card(
     data = ModelCardData(
         base_model=base.name if is_hub_id(base.name) else None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
-        library_name=library or ("transformers" if is_full or merged else "peft"),
+        library_name="transformers" if is_full or merged else "peft",
         pipeline_tag="text-generation",
         tags=tags,
         **_license(base),
@@ -134,68 +97,9 @@ def model_card(
         is_full=is_full,
         merged=merged,
         rows=[_shown(name) for name in sources],
-        figures=_figures(run_dir, step) if run else "",
         recipe=_FOLDERS.sub(r"\1", dump(run)) if run else "",
     )
     return str(card)
-
-
-def with_files(card: str, files: Sequence[CardFile]) -> str:
-    """Insert a table of files into a card that `model_card` has returned.
-
-    The table is put before the last paragraph, which is about the license.
-    """
-    lines = [
-        "## Files",
-        "",
-        "| file | kind | MB | mean KL | same most likely token |",
-        "|---|---|---|---|---|",
-    ]
-    for file in files:
-        measured = "not measured | "
-        if file.mean_kl is not None and file.agreement is not None:
-            measured = f"{file.mean_kl:.2g} | {file.agreement:.0%}"
-        lines.append(f"| `{file.name}` | {file.kind} | {file.bytes / 1e6:,.1f} | {measured} |")
-    if any(file.mean_kl is not None for file in files):
-        lines += ["", "Both are compared with the fine-tuned model on its own rows at export time."]
-
-    text, _, license_paragraph = card.rstrip("\n").rpartition("\n\n")
-    return "\n\n".join([text, "\n".join(lines), license_paragraph]) + "\n"
-
-
-def weights_file(
-    folder: Path, kind: str, mean_kl: float | None = None, agreement: float | None = None
-) -> CardFile:
-    """Return the table row for the safetensors files of a folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        name = files[0].name
-    else:
-        name = f"*.safetensors, {len(files)} files"
-    size = sum(file.stat().st_size for file in files)
-    return CardFile(name, kind, size, mean_kl, agreement)
-
-
-def _figures(run_dir: Path, step: int | None) -> str:
-    """Return the lines of the card about weights, training and machine. They are read from the
-    files of the run.
-
-    Return "" if a file cannot be read.
-    """
-    with suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError, RunError):
-        records = read_records(run_dir / METRICS)
-        env = read_env(run_dir).value
-        machine = ", ".join(gpu["name"] for gpu in env["gpus"]) or env["cpu"]
-        versions = ", ".join(f"{name} {env[name]}" for name in _PACKAGES if name in env)
-
-        figures = []
-        if step:
-            figures.append(f"weights     {describe_weights(step, records[-1].step)}")
-        figures += run_figures(records, 0.0, start=read_start_values(run_dir / METRICS))
-        figures.append(f"hardware    {machine}")
-        figures.append(f"versions    {versions}")
-        return "\n".join(figures)
-    return ""
 
 
 def is_hub_id(name: str) -> bool:

@@ -45,7 +45,7 @@ from tunesmith.checkpoint.manifest import (
     entry_of_file,
     prune,
 )
-from tunesmith.checkpoint.model_card import model_card, weights_file, with_files
+from tunesmith.checkpoint.model_card import model_card
 from tunesmith.checkpoint.replicate import commit_on_all_ranks, copy_files
 from tunesmith.checkpoint.resume import DELETE, Progress
 from tunesmith.checkpoint.writer import SaveFunction, Writer
@@ -416,6 +416,4 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
         # Add the keys that older versions of libraries read. A checkpoint that an earlier version
         # of tunesmith wrote lacks these keys.
         write_for_older_readers(inside)
-        files = [weights_file(inside, f"Transformers, {settings.dtype}")]
-        card = model_card(settings, run, folder.parent, step=step)
-        (inside / CARD).write_text(with_files(card, files), encoding="utf-8")
+        (inside / CARD).write_text(model_card(settings, run), encoding="utf-8")

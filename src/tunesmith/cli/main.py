@@ -97,6 +97,7 @@ OTHER_NAMES = {
     "`tunesmith export RUN --to vllm --output FOLDER`",
     "compare": "run `tunesmith report A B` for curves and losses, or `tunesmith eval A B` to "
     "compare row by row",
+    "push": "run `hf upload OWNER/NAME RUN/final`: the model card is in final/",
     "selfcheck": "run `tunesmith doctor --ranks N`, or, across machines, start "
     "benchmarks/parity/selfcheck.py with torchrun",
 }

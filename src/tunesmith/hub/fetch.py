@@ -1,8 +1,7 @@
 """Access to models in three forms: local folders, .gguf files, and models on the Hub.
 
 License, config, access and disk space are checked before large files are downloaded. Only the files
-that training needs are downloaded. The weights must be in the safetensors format. The module also
-lists and deletes the contents of the caches.
+that training needs are downloaded. The weights must be in the safetensors format.
 """
 
 import logging
@@ -165,8 +164,7 @@ def check_folder(folder: Path, model: Model) -> ModelSpec:
             "the folder has no tokenizer",
             where=folder,
             why=f"the folder has none of {', '.join(TOKENIZER)}",
-            fix="copy the tokenizer's files to this folder, or set model.tokenizer to a folder or "
-            "Hub id with a tokenizer",
+            fix="set model.tokenizer to a folder or Hub id with a tokenizer",
         )
     return spec
 
@@ -233,8 +231,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
         raise ModelError(
             "the repository has weights but no config.json",
             where=page,
-            why="the model's architecture is unknown",
-            fix="use another revision, or a repository in Transformers format",
+            fix="use another revision or repository",
         )
 
     def small_file(name: str) -> Path:

@@ -37,11 +37,6 @@ def repo_page(repo: str, repo_type: str = "model") -> str:
     return f"{constants.ENDPOINT}/{folder}{repo}"
 
 
-def http_status(error: Exception) -> int:
-    """Return the HTTP status of the Hub's answer, or 0 if there was no answer."""
-    return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-
-
 @contextmanager
 def hub_calls(
     repo: str, revision: str | None = None, repo_type: str = "model", *, bars: bool = False
@@ -70,43 +65,12 @@ def hub_calls(
 def hub_error(
     error: Exception, repo: str, revision: str | None, repo_type: str = "model"
 ) -> TunesmithError:
-    """Convert an error of huggingface_hub to a message with the cause and a fix."""
+    """Convert an error of huggingface_hub to a message with the Hub's reason and a fix."""
     if isinstance(error, errors.HFValidationError):
         return unknown_model_name(repo)
     # `snapshot_download` looks for a copy in the cache if the Hub answers with an error.
     if isinstance(error.__cause__, errors.HfHubHTTPError):
         error = error.__cause__
-    page = repo_page(repo, repo_type)
-    status = http_status(error)
-    why = clean(error)
-    if not status:
-        return _local_error(error, repo, page)
-    what = f"the Hub answers with the HTTP status {status}"
-    fix = "try again later; finished downloads are kept"
-    cause = ""
-    if isinstance(error, errors.RevisionNotFoundError):
-        what = f"{repo} has no revision {revision!r}"
-        fix = f"use a revision that is listed on {page}/tree/main"
-    # A GatedRepoError is also a RepositoryNotFoundError, but a gated repository is not missing.
-    elif isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
-        error, errors.GatedRepoError
-    ):
-        what = f"no {repo_type} {repo} is visible to you on the Hub"
-        fix = f"check the name; if the repository is private, {LOGIN}"
-        why = "the repository does not exist, or it is private and your token has no access"
-    elif status in (401, 403) and not isinstance(error, errors.DisabledRepoError):
-        account = "your token's account" if _token() else "you (no token found)"
-        what = f"{repo} is gated, and access has not been granted to {account}"
-        fix = (
-            f"ask for access on {page}, then {LOGIN}; a fine-grained token needs read access to "
-            "gated repositories"
-        )
-        cause = "licence"
-    return ModelError(what, where=page, why=why, fix=fix, cause=cause)
-
-
-def _local_error(error: Exception, repo: str, page: str) -> TunesmithError:
-    """Build the error for a call that got no answer from the Hub."""
     full_disk = disk_fault(error)
     if full_disk or (isinstance(error, OSError) and error.errno in UNWRITABLE):
         return MachineError(
@@ -116,19 +80,21 @@ def _local_error(error: Exception, repo: str, page: str) -> TunesmithError:
             fix=DISK_FIX,
             cause="disk" if full_disk else "",
         )
-    if constants.HF_HUB_OFFLINE:
-        return ModelError(
-            f"{repo} is not complete in the Hub's cache, and HF_HUB_OFFLINE forbids downloads",
-            where=constants.HF_HUB_CACHE,
-            fix=f"run `HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}`",
-        )
-    return ModelError(
-        f"the Hub cannot be reached for {repo}",
-        where=page,
-        why=f"{type(error).__name__}: {clean(error)}",
-        fix="check the network (HTTPS_PROXY, HF_ENDPOINT) and run the command again; "
-        "finished downloads are kept",
-    )
+    page = repo_page(repo, repo_type)
+    what = f"{repo} cannot be read from the Hub"
+    fix = "check the network (HTTPS_PROXY, HF_ENDPOINT), or try again later"
+    cause = ""
+    if isinstance(error, errors.RevisionNotFoundError):
+        what = f"{repo} has no revision {revision!r}"
+        fix = f"use a revision that is listed on {page}/tree/main"
+    elif isinstance(error, errors.GatedRepoError):
+        fix = f"ask for access on {page}, then {LOGIN}"
+        cause = "licence"
+    elif isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+        fix = f"check the name; if the repository is private, {LOGIN}"
+    elif constants.HF_HUB_OFFLINE:
+        fix = f"run `HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}`"
+    return ModelError(what, where=page, why=clean(error), fix=fix, cause=cause)
 
 
 def unknown_model_name(name: str) -> ModelError:

@@ -209,7 +209,7 @@ class CheckpointSaver(LoopPart):
         with manifest.atomic_folder(self.out / FINAL, step, last_step) as folder:
             contents.write_model_files(folder, self.run, model, self.tokenizer)
             recipe = self.session.recipe
-            card = model_card(recipe.model, recipe, self.out, step=step)
+            card = model_card(recipe.model, recipe)
             card_file = folder / manifest.CARD
             card_file.write_text(card, encoding="utf-8")
 

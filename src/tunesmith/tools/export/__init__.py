@@ -1,4 +1,4 @@
-"""The commands `export`, `merge` and `push`, for llama.cpp, Ollama, vLLM, Transformers and the Hub.
+"""The commands `export` and `merge`, for llama.cpp, Ollama, vLLM and Transformers.
 
 Matrices are processed in bands of rows: a band is read from the files of base model and adapter,
 merged and written. Therefore only a few bands are in memory at a time.
@@ -13,10 +13,6 @@ COMMANDS = {
         "export": (
             "tunesmith.tools.export.cli",
             "export to llama.cpp, Ollama, vLLM or Transformers",
-        ),
-        "push": (
-            "tunesmith.tools.export.cli_push",
-            "upload a trained model to the Hugging Face Hub",
         ),
     },
 }

@@ -30,7 +30,6 @@ from tunesmith.answers.load_run import (
     select_device,
 )
 from tunesmith.checkpoint.manifest import CARD
-from tunesmith.checkpoint.model_card import CardFile, weights_file, with_files
 from tunesmith.errors import CheckpointError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.host.logger import lines_by_default
@@ -138,8 +137,6 @@ def merge(
     try:
         with part_folder(goal) as part, raise_if_deleted(location):
             check = _merge_and_check(location, part, dtype, device)
-            measured = check.merged.mean_kl, check.merged.agreement
-            add_files_to_card(part, weights_file(part, f"Transformers, {dtype}", *measured))
             sizes = file_sizes(part)
             text = json.dumps({**asdict(check), "files": sizes}, indent=2)
             (part / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
@@ -303,12 +300,6 @@ def write_generation_config(tuned: TunedModel, folder: Path) -> None:
     files = tuned.files
     text = generation_config_text(files.folder, files.tokenizer, tuned.template.end_ids)
     (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
-
-
-def add_files_to_card(folder: Path, *files: CardFile) -> None:
-    """Add the table of files to the card of a folder."""
-    card = folder / CARD
-    card.write_text(with_files(card.read_text(encoding="utf-8"), files), encoding="utf-8")
 
 
 def copy_notices(base: Path, folder: Path) -> None:

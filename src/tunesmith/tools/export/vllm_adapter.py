@@ -10,12 +10,11 @@ from pathlib import Path
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.answers.load_run import locate_run, raise_if_deleted, read_run_files
 from tunesmith.checkpoint.manifest import CARD
-from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.model.weights.names import is_vision_language
 from tunesmith.model.weights.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tunesmith.tools.export.merge import add_files_to_card, write_generation_config
+from tunesmith.tools.export.merge import write_generation_config
 from tunesmith.tools.export.output import (
     OTHER_DISK,
     check_new_folder,
@@ -75,7 +74,6 @@ def export_peft(path: str | Path, output: str | Path, *, trust_remote_code: bool
                 shutil.copyfile(folder / name, part / name)
             write_generation_config(tuned, part)
             (part / CARD).write_text(make_card(location), encoding="utf-8")
-            add_files_to_card(part, weights_file(part, "PEFT, LoRA only"))
             follow_umask(part)
             move_into_place(part, goal)
     return ranks[0]

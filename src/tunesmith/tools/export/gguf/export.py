@@ -396,7 +396,7 @@ def _write_checked(
                 move_into_place(moved, rejected)
                 raise
         exported = replace(exported, bytes=size, notes=(*notes, *exported.notes), check=result)
-        write_record(file, tuned.location, exported, kind, base, converter)
+        write_record(file, exported, kind, base, converter)
         if modelfile is None:
             # Delete the earlier file's record before the rename, so that no record describes a file
             # that is missing or replaced.
