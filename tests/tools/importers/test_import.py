@@ -26,6 +26,23 @@ WITH_ROWS = [
     "axolotl-mixed.yml",
     *(f"llamafactory-{n}.yaml" for n in ("bare", "dpo", "kto", "tools")),
 ]
+
+
+def named_rows(file: str, row_format: str, part: str = "train", **columns: str) -> dict[str, Any]:
+    named = {"source": str(FOLDER / "data" / file), "format": row_format}
+    named |= {"columns": json.dumps(columns)} if columns else {}
+    return {f"data.{part}.{key}": value for key, value in named.items()}
+
+
+IDENTITY = named_rows("identity.json", "alpaca")
+# Rows of the files of LLaMA-Factory, which the command line names.
+GIVEN: dict[str, dict[str, Any]] = {
+    "llamafactory-bare.yaml": named_rows("questions.jsonl", "alpaca", instruction="question", output="answer"),
+    "llamafactory-dpo.yaml": named_rows("ranked.json", "preference", prompt="instruction", chosen="better", rejected="worse"),
+    "llamafactory-kto.yaml": named_rows("tagged.json", "feedback"),
+    "llamafactory-tools.yaml": named_rows("talks.jsonl", "sharegpt") | named_rows("identity.json", "alpaca", "validation"),
+    **{f"llamafactory-{name}.yaml": IDENTITY for name in ("lora", "qlora", "full-ds3")},
+}  # fmt: skip
 TIER_1 = ("axolotl-mixed.yml", "llamafactory-kto.yaml", "torchtune-70b-lora.yaml", "trl-dpo.yaml")
 
 
@@ -47,7 +64,8 @@ def their_keys(value: Any, key: str = "") -> list[str]:
 )
 def test_each_key_is_carried_or_named_with_its_line(name: str, tmp_path: Path) -> None:
     path, recipe = FOLDER / name, tmp_path / "recipe.yaml"
-    done = invoke("import", path, "--world", 2, "--output", recipe)
+    given = [f"{key}={value}" for key, value in GIVEN.get(name, {}).items()]
+    done = invoke("import", path, *given, "--world", 2, "--output", recipe)
     assert done.code == 0, done.err
     load_recipe(recipe)
     # Comments are wrapped, also at hyphens.
@@ -58,8 +76,7 @@ def test_each_key_is_carried_or_named_with_its_line(name: str, tmp_path: Path) -
     assert not [key for key in keys if not re.search(rf"(?<![\w.]){re.escape(key)}: ", told)]
     places = {one.key: one.where for one in read_config(path, None).keys.values()}
     for place, key in re.findall(r"(\S+:\d+) ([\w.]+): ", comments):
-        # The entries of dataset_info.json have places of their own.
-        assert place.startswith("dataset_info.json:") or places[key] == place
+        assert places[key] == place
 
 
 ALPACA = {"source": "yahma/alpaca-cleaned", "format": "alpaca"}
@@ -91,8 +108,6 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "adapter.rank": 8, "adapter.alpha": 16, "adapter.target": "all-linear", "train.learning_rate": 5e-5,
         "train.schedule": "linear", "train.warmup": "0 %", "train.global_batch": "16 examples", "data.seq_len": 2048,
         "train.duration": "3 epochs", "data.template": "alpaca", "checkpoint.every": "500 steps",
-        "data.train": {"source": "data/questions.jsonl", "split": "train", "format": "alpaca",
-                       "columns": {"instruction": "question", "output": "answer"}},
     },
     "trl-dpo.yaml": {
         "method.name": "dpo", "method.loss_type": "robust", "method.label_smoothing": 0.1, "data.train_on": "response",
@@ -104,7 +119,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_values_of_a_file(name: str) -> None:
-    values = translate(read_config(FOLDER / name, None), {}, 2).values
+    values = translate(read_config(FOLDER / name, None), GIVEN.get(name, {}), 2).values
     assert {key: values[key] for key in EXPECTED[name]} == EXPECTED[name]
 
 
@@ -116,7 +131,8 @@ def test_the_recipe_trains(name, tiny, tmp_path):
     from tunesmith.start.run import train
 
     recipe = tmp_path / "recipe.yaml"
-    assert invoke("import", FOLDER / name, "--world", 2, "--output", recipe).code == 0
+    given = [f"{key}={value}" for key, value in GIVEN.get(name, {}).items()]
+    assert invoke("import", FOLDER / name, *given, "--world", 2, "--output", recipe).code == 0
     overrides: dict[str, Any] = {
         "model.name": str(tiny), "model.dtype": "fp32", "model.quantize": "none", "model.pad_token": None,
         "train.duration": "2 steps", "train.warmup": "0 steps", "train.compile": "off", "train.optimizer": "adamw",
@@ -208,14 +224,3 @@ def test_a_secret_is_masked_by_the_name_of_its_key(tmp_path: Path) -> None:
     assert "canary" not in everything
     for plain in ('env.COLOUR: "red"', '=***", "SIZE=3"]', "max_new_tokens: 128"):
         assert plain in everything
-
-
-def test_the_columns_of_a_listed_data_set(tmp_path: Path) -> None:
-    columns = {"messages": "talk", "system": "sys"}
-    entry = {"file_name": "c.json", "formatting": "openai", "columns": columns}
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"c": entry}))
-    file = tmp_path / "file.yaml"
-    file.write_text(
-        json.dumps(BASES["llamafactory"] | {"dataset": "c", "dataset_dir": str(tmp_path)})
-    )
-    assert translate(read_config(file, None), {}, 1).values["data.train"]["columns"] == columns

@@ -180,8 +180,8 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("trl rewards", {"scale_rewards": theirs}, {**RL, "scale_rewards": ours})
         for theirs, ours in (("group", True), (True, True), ("none", False), (False, False))
     ),
-    ("trl rewards", {"reward_funcs": ["accuracy_reward", "my.module.f"], "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "num_generations": 4, "max_completion_length": 32},
-     {**RL, "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "group": 4, "answer_tokens": 32, "reward": ["recipe-rewards.py:accuracy_reward", "my/module.py:f"]}),
+    ("trl rewards", {"reward_funcs": ["my_rewards.f", "my.module.f"], "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "num_generations": 4, "max_completion_length": 32},
+     {**RL, "beta": 0.04, "temperature": 0.7, "reward_weights": [1.0, 0.5], "group": 4, "answer_tokens": 32, "reward": ["my_rewards.py:f", "my/module.py:f"]}),
 ]  # fmt: skip
 
 
@@ -232,7 +232,7 @@ NOTES: list[tuple[str, dict[str, Any], str, str]] = [
     ("trl rewards", {"loss_type": "cispo"}, "loss_type", ""),
     ("trl rewards", {"loss_type": "cispo", "epsilon_high": 0.28}, "loss_type", "epsilon_high"),
     ("trl rewards", {"loss_type": "cispo", "epsilon_high": 5.0}, "", "epsilon_high"),
-    ("trl rewards", {"reward_funcs": ["cf_code"], "code_language": "cpp", "benchmarks": ["lcb_v4"]}, "", "code_language benchmarks"),
+    ("llamafactory", {"max_samples": 5, "freeze_vision_tower": False}, "max_samples freeze_vision_tower", ""),
     ("trl pairs", {"beta": 0.1, "f_divergence_type": "js_divergence", "sync_ref_model": True, "ld_alpha": 0.5}, "f_divergence_type sync_ref_model ld_alpha", ""),
 ]  # fmt: skip
 
@@ -258,6 +258,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("trl", {"dataset_mixture": {"datasets": [{"id": "org/a"}]}}, "dataset_mixture.datasets.0.id", ["data.train"]),
     ("trl", {"num_generations": 4}, "reward_funcs", ["method.reward=exact"]),
     *(("trl rewards", {"reward_funcs": [name]}, name, []) for name in ("a b.c", "my-lib.f")),
+    ("trl rewards", {"reward_funcs": ["accuracy_reward", "my.f"]}, "accuracy_reward", ["'method.reward=[rewards.py:accuracy_reward, my.py:f]'"]),
+    ("llamafactory", {"dataset": "talks"}, "dataset_info.json", ["data.train.source=rows.jsonl data.train.format=messages"]),
+    ("llamafactory pairs", {"eval_dataset": "talks"}, "eval_dataset", ["data.validation.source=rows.jsonl data.validation.format=preference"]),
     *(("trl rewards", {"loss_type": name}, "loss_type", []) for name in ("sapo", "luspo", "vespo", "sigmoid")),
     *(("trl rewards", {key: 1}, key, []) for key in ("reward_model_name_or_path", "max_tool_calling_iterations", "normalize_advantages")),
     ("trl rewards", {"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation", []),
@@ -303,38 +306,6 @@ def test_the_loss_of_trl_on_completions(tmp_path: Path) -> None:
     for value, train_on in ((None, "response"), (True, "response"), (False, "all")):
         recipe = translated("trl", {"completion_only_loss": value}, tmp_path, rows)
         assert recipe.values["data.train_on"] == train_on
-
-
-def of_llamafactory(folder: Path, entries: dict[str, Any], **values: Any) -> Translation:
-    """A file of LLaMA-Factory with these entries of dataset_info.json."""
-    (folder / "data").mkdir(exist_ok=True)
-    (folder / "data" / "dataset_info.json").write_text(json.dumps(entries))
-    return translated("llamafactory", {"dataset": ",".join(entries), **values}, folder)
-
-
-def test_the_entries_of_dataset_info_are_read(tmp_path: Path) -> None:
-    chats = {"file_name": "d.json", "formatting": "sharegpt"}
-    entries = {
-        "usual": {**chats, "tags": {"role_tag": "role", "user_tag": "user"}},
-        "odd": {**chats, "tags": {"role_tag": "role", "user_tag": "customer"}},
-        "seen": {**chats, "columns": {"images": "photos"}},
-    }
-    recipe = of_llamafactory(tmp_path, entries, freeze_vision_tower=False)
-    differs = [recipe.notes[f"dataset.{index}.tags.user_tag"].differs for index in (0, 1)]
-    assert differs == [False, True]
-    assert recipe.notes["freeze_vision_tower"].differs
-    assert recipe.values["model.vision"] is True
-    assert recipe.values["data.image_max_pixels"] == 768 * 768
-    assert recipe.values["data.train"][2]["columns"]["images"] == "photos"
-    # Documents are packed.
-    documents = {"books": {"file_name": "a.json", "columns": {"prompt": "body"}}}
-    values = of_llamafactory(tmp_path, documents, stage="pt").values
-    rows = values["data.train"]
-    assert (rows["format"], rows["columns"]) == ("text", {"text": "body"})
-    assert (values["method"], values["data.pack"]) == ("sft", True)
-    info = tmp_path / "data" / "dataset_info.json"
-    with refuses(UsageError, where="file.yaml:1", names=["boks", info], fix=["books"]):
-        of_llamafactory(tmp_path, documents, dataset="boks")
 
 
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 99), st.text(max_size=20))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -100,6 +99,8 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
 
 
 FUNCTIONS = """
+from trl.rewards import think_format_reward
+
 async def halves(prompts, completions, solution, completion_ids, trainer_state, log_metric, **columns):
     log_metric("asked", len(completions))
     texts = [c if isinstance(p, str) else c[0]["content"] for p, c in zip(prompts, completions)]
@@ -118,9 +119,9 @@ def test_grpo_trains_with_the_rewards_of_trl(is_chat: bool, tiny: Path, tmp_path
     assert invoke(*words).code == 0
     run = load_recipe(recipe)
     # A module of the user is beside the imported file.
-    scorers = [str(recipe.with_name("recipe-rewards.py:think_format_reward"))]
-    assert run.method.reward == (*scorers, str(FILE.with_name("my_rewards.py:halves")))
-    scorers.append(str(recipe.with_name("my_rewards.py:halves")))
+    names = [f"my_rewards.py:{function}" for function in ("think_format_reward", "halves")]
+    assert run.method.reward == tuple(str(FILE.with_name(name)) for name in names)
+    scorers = [str(recipe.with_name(name)) for name in names]
     # 4 answers in a micro batch, 2 micro batches, 2 processes: 4 prompts with 4 answers each.
     assert str(run.train.global_batch) == "4 examples"
     expected = ((0.5, 1.0), 4, 16, 0.9, 0.0, "dr_grpo", "last", 16 + 1024)
@@ -153,10 +154,6 @@ def test_grpo_trains_with_the_rewards_of_trl(is_chat: bool, tiny: Path, tmp_path
         for name in scorers[:is_chat]:
             [found] = load_own_scorer(name).scores(answers, {}, 1)
             assert found == {"think_format_reward": score}
-    # A second import keeps what the user has changed in the file.
-    recipe.with_name("recipe-rewards.py").write_text("# mine")
-    assert invoke(*words).code == 0
-    assert recipe.with_name("recipe-rewards.py").read_text() == "# mine"
 
 
 def test_all_keys_of_trls_own_grpo_config_are_known(tmp_path: Path) -> None:
@@ -169,21 +166,3 @@ def test_all_keys_of_trls_own_grpo_config_are_known(tmp_path: Path) -> None:
     assert draft.values["train.global_batch"] == "1 examples"
     differing = {note.key for note in draft.notes.values() if note.differs}
     assert differing == {"reward_funcs", "dtype", "dataset_name"}
-
-
-def test_the_short_names_of_open_r1_keep_their_values(tmp_path: Path) -> None:
-    """Its own function builds the rewards, from the values of the file that its script takes."""
-    names = {"reward_funcs": ["accuracy", "cosine"], "cosine_max_len": 900, "num_generations": 8}
-    path = tmp_path / "r1.yaml"
-    path.write_text(json.dumps({"model_name_or_path": "m/m", "dataset_name": "d/d", **names}))
-    draft = translate(read_config(path, None), {}, 1, tmp_path / "recipe.yaml")
-    file = "recipe-rewards.py"
-    assert draft.values["method.reward"] == [f"{file}:accuracy", f"{file}:cosine"]
-    statement = ast.parse(draft.files[tmp_path / file]).body[2]
-    assert isinstance(statement, ast.Assign)
-    assert ast.unparse(statement.targets[0]) == "(accuracy, cosine)"
-    arguments = (
-        "{'dataset_name': 'd/d', 'reward_funcs': ['accuracy', 'cosine'], 'cosine_max_len': 900}"
-    )
-    called = f"get_reward_funcs(GRPOScriptArguments(**{arguments}))"
-    assert ast.unparse(statement.value) == called

@@ -4,7 +4,7 @@ example:
   # writes qlora-recipe.yaml; the run used 2 GPUs
   tunesmith import qlora.yml --world 2
   # recipe keys override the file
-  tunesmith import sft.yaml data.train.source=rows.jsonl
+  tunesmith import sft.yaml data.train.source=rows.jsonl data.train.format=alpaca
 
 It reads files of torchtune, Axolotl, LLaMA-Factory and TRL, and lists each key
 that has no equivalent. Commands and Python are not read.
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     source = read_config(Path(name), args.tool)
     layer = override_layer(words)
     path = args.output or Path(f"{Path(name).stem}-recipe.yaml")
-    recipe = translate(source, leaves(layer.values), args.world, path)
+    recipe = translate(source, leaves(layer.values), args.world)
     if path.exists() and not args.force:
         fix = "choose another file with --output RECIPE, or overwrite this one with --force"
         raise UsageError("this file already exists", where=path, fix=fix)
@@ -80,10 +80,6 @@ def run(args: argparse.Namespace) -> None:
     head = f"{schema_line()}\n# from {source.tool}: {origin}"
     write_atomically(path, recipe.text(layer, head, path.resolve().parent))
     print(f"{path}: {count_of(len(recipe.values), 'value')} from {source.tool}")
-    for file, text in recipe.files.items():
-        if not file.exists():
-            write_atomically(file, text)
-        print(f"{relative_to_cwd(file)}: the scorers of the recipe")
     for title, differs in (
         ("keys that may change the training:", True),
         ("keys that need nothing in the recipe:", False),

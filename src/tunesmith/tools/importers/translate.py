@@ -4,7 +4,6 @@ Keys that simple rules cannot express are handled in Python: data sets, batch si
 intervals.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,27 +14,22 @@ from typing import Any
 from pydantic import JsonValue
 
 from tunesmith.config.check import METHOD_FORMATS
-from tunesmith.config.names import suggest
 from tunesmith.config.yaml_file import scalar
 from tunesmith.errors import UsageError
-from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
+from tunesmith.tools.importers.source_config import SourceConfig, ToolTable
 from tunesmith.tools.importers.translation import Translation
-from tunesmith.tools.importers.trl_rewards import set_rewards
 from tunesmith.units import count_of
 
 _NAME_ROWS = (
     "name the rows on the command line: data.train.source=rows.jsonl data.train.format=messages"
 )
 _NO_EQUIVALENT = "this value has no equivalent in a recipe"
+# Length of a prompt in tokens if the file has no limit.
+_USUAL_PROMPT_TOKENS = 1024
 _NEW_RECIPE = "run `tunesmith train --model MODEL --data ROWS.jsonl`, which writes a new recipe"
 
 
-def translate(
-    source: SourceConfig,
-    overrides: Mapping[str, Any],
-    world: int | None,
-    path: Path = Path("recipe.yaml"),
-) -> Translation:
+def translate(source: SourceConfig, overrides: Mapping[str, Any], world: int | None) -> Translation:
     """Translate a configuration to a recipe.
 
     Each key of the file either sets a recipe key or gets a note.
@@ -43,7 +37,6 @@ def translate(
     Args:
         overrides: dotted recipe keys from the command line, with their values.
         world: number of training processes.
-        path: the file that the recipe will be written to.
 
     Raises:
         UsageError: a value that the recipe needs is missing or has no equivalent.
@@ -66,7 +59,7 @@ def translate(
         _set_trl_losses(recipe)
         _set_trl_rows(recipe)
         if recipe.method == "grpo":
-            set_rewards(recipe, path.absolute().with_name(f"{path.stem}-rewards.py"))
+            _set_rewards(recipe)
             _note_factor_of_cispo(recipe)
     else:
         _set_rows(recipe, "train")
@@ -228,6 +221,37 @@ def _set_trl_rows(recipe: Translation) -> None:
     recipe.set_key("data.train_on", train_on.get(recipe.method, "response"), *answers_only, why=why)
 
 
+def _set_rewards(recipe: Translation) -> None:
+    """Set the reward functions, which tunesmith calls as TRL does, and the length of a row."""
+    limit = recipe.number("max_prompt_length")
+    why = f"The source does not limit prompts; {_USUAL_PROMPT_TOKENS} tokens are assumed."
+    length = recipe.count("method.answer_tokens") + (limit or _USUAL_PROMPT_TOKENS)
+    names = ("max_completion_length", "max_prompt_length")
+    recipe.set_key("data.seq_len", length, *names, why="" if limit else why)
+    if "method.reward" in recipe.overrides:
+        return
+    rewards = recipe.listed("method.reward")
+    if not rewards:
+        fix = "add method.reward=exact, or method.reward=rewards.py:FUNCTION for your own scorer"
+        raise recipe.error("reward_funcs", "a recipe needs a reward", fix)
+    scorers = []
+    unknown = []
+    for reward in rewards:
+        module, _, function = reward.rpartition(".")
+        if not module or not reward.replace(".", "_").isidentifier():
+            # A function of TRL's own package has a short name.
+            unknown.append(reward)
+            module = "rewards"
+        scorers.append(f"{module.replace('.', '/')}.py:{function}")
+    if unknown:
+        raise recipe.error(
+            "method.reward",
+            f"these functions are not written as module.function: {', '.join(unknown)}",
+            f"import them in rewards.py, and add 'method.reward=[{', '.join(scorers)}]'",
+        )
+    recipe.set_key("method.reward", scorers, "method.reward")
+
+
 def _set_rows(recipe: Translation, part: str) -> None:
     """Set `data.train` or `data.validation` from the tool's data sets.
 
@@ -246,11 +270,16 @@ def _set_rows(recipe: Translation, part: str) -> None:
             continue
         # In this case the value lists names of data sets, and the file has no other keys for them.
         if recipe.listed(prefix):
-            if "listed_in" in rows:
-                _read_dataset_info(recipe, prefix)
-            else:
-                path = f"{prefix}.{rows['sources'][-1]}"
-                keys[path] = replace(keys.pop(prefix), key=path)
+            if "registry" in rows:
+                row_format = METHOD_FORMATS.get(recipe.method, "messages")
+                raise recipe.error(
+                    prefix,
+                    f"{rows['registry']}, which describes these rows, is not read",
+                    f"name the rows on the command line: data.{part}.source=rows.jsonl "
+                    f"data.{part}.format={row_format}",
+                )
+            path = f"{prefix}.{rows['sources'][-1]}"
+            keys[path] = replace(keys.pop(prefix), key=path)
 
         # An entry is one data set. Its keys start with the prefix, or with the prefix and an index
         # if there is a list of data sets.
@@ -288,7 +317,7 @@ def _read_entry(
         # If several keys have the same name in the recipe, the last one wins.
         return {ours: value for key, ours in theirs.items() if (value := get(key))}
 
-    kind = "text" if recipe.has("stage", "pt") else METHOD_FORMATS.get(recipe.method, "sft")
+    kind = METHOD_FORMATS.get(recipe.method, "sft")
     type_key = f"{entry}.{rows['type']}"
     named_type = str(get(rows["type"]) or usual_type or "")
     types = rows["types"][kind]
@@ -326,45 +355,8 @@ def _read_entry(
         if recipe.values.get("data.template", template) != template:
             template = "auto"
         recipe.set_key("data.template", template, type_key)
-    if columns.get("images"):
-        recipe.set_key("model.vision", True, type_key)
-        recipe.set_key("data.image_max_pixels", recipe.get("image_max_pixels"), "image_max_pixels")
 
     return [{"source": file, **source} for file in (files if isinstance(files, list) else [files])]
-
-
-def _read_dataset_info(recipe: Translation, prefix: str) -> None:
-    """Add the entries of LLaMA-Factory's dataset_info.json to the keys of the configuration.
-
-    An example of an added key is `PREFIX.0.file_name`.
-
-    dataset_info.json is searched for in the configuration's folder, in the three folders above it,
-    and in the working directory.
-    """
-    base = recipe.source.base.resolve()
-    file = Path(str(recipe.get("dataset_dir")), recipe.table["rows"]["listed_in"])
-    paths = [folder / file for folder in (base, *base.parents[:3], Path.cwd())]
-    path = next(filter(Path.is_file, paths), None)
-    if path is None:
-        raise recipe.error(prefix, f"{file}, which describes the data set, is missing", _NAME_ROWS)
-    leaves = list(source_keys(path))
-    for number, name in enumerate(recipe.listed(prefix)):
-        own = [leaf for leaf in leaves if leaf.key.startswith(f"{name}.")]
-        if not own:
-            names = {leaf.key.partition(".")[0] for leaf in leaves}
-            raise recipe.error(
-                prefix, f"{path} does not list {name}", suggest(name, names, otherwise=_NAME_ROWS)
-            )
-
-        recipe.defaults[f"{prefix}.{number}.num_samples"] = recipe.get("max_samples")
-        for leaf in own:
-            key = f"{prefix}.{number}{leaf.key.removeprefix(name)}"
-            value = leaf.value
-            if key.endswith(".file_name"):
-                # Paths in dataset_info.json are relative to its folder. Make them relative to
-                # `base`.
-                value = os.path.relpath(path.parent / str(value), base)
-            recipe.source.keys[key] = replace(leaf, key=key, value=value)
 
 
 def _set_train_on(recipe: Translation) -> None:

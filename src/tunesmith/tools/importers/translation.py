@@ -59,7 +59,6 @@ class Translation:
         origins: recipe key -> keys of the other tool from which its value is derived.
         reasons: recipe key -> explanations of its value, if the value is not simply copied.
         notes: key of the other tool -> note.
-        files: path -> text of each file that the recipe needs next to it.
     """
 
     def __init__(self, source: SourceConfig, overrides: Mapping[str, Any]) -> None:
@@ -75,7 +74,6 @@ class Translation:
         self.origins: dict[str, list[SourceKey]] = defaultdict(list)
         self.reasons: dict[str, list[str]] = defaultdict(list)
         self.notes: dict[str, Note] = {}
-        self.files: dict[Path, str] = {}
 
     def find(self, name: str) -> SourceKey | None:
         """Return a key of the file. If the file does not have it, return its default, or None.
