@@ -11,7 +11,7 @@ from tunesmith.errors import UsageError
 from tunesmith.metrics.intervals import Interval
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.tools.evaluate.evaluate import EvalResult, Evaluation
-from tunesmith.tools.evaluate.score_rows import RowScores
+from tunesmith.tools.evaluate.score_rows import RowScores, compare_rows
 from tunesmith.tools.export.gguf.export import ExportedFile
 from tunesmith.tools.export.merge import Merged
 from tunesmith.tools.export.merge_check import Difference, MergeCheck
@@ -39,7 +39,8 @@ def evaluation(name: str) -> Evaluation:
     base = EvalResult(10, 50, 800.0, math.inf, 0.25)
     tuned = EvalResult(10, 50, 0.5, math.exp(0.5), 0.75)
     intervals = {"base": Interval(0.1, 0.0, 0.4), "tuned": Interval(0.9, 0.6, 1.0)}
-    scores = RowScores(name, 10, intervals, None, "VERDICT", {})
+    rows = {"base": [0.0, 0.2] * 5, "tuned": [0.8, 1.0] * 5}
+    scores = RowScores(name, 10, intervals, rows, compare_rows(name, rows, "tuned"))
     both = {"base": base, "tuned": tuned}
     return Evaluation(both, name, 12, 2, 0, (scores,), unfinished={"tuned": 3})
 
@@ -94,13 +95,16 @@ def test_a_run_that_was_finished_before_shows_the_figures_on_the_disk(tmp_path: 
 
 
 def test_an_evaluation_has_a_column_for_each_model_and_says_what_to_know() -> None:
-    text = str(evaluation("held-out.jsonl"))
+    found = evaluation("held-out.jsonl")
+    text = found.table().text()
     _, names, *lines = text.splitlines()
     assert names.split() == ["base", "tuned"]
     (losses,) = (line for line in lines if line.startswith("loss"))
     assert losses.split()[-2:] == ["800.0000", "0.5000"]
     assert holds(text, "1e308", "1.649", "25.00%", "75.00%", "90.0% (60.0 to 100.0)")
-    assert holds(text, "2 of 12", "3 of 10", "VERDICT")
+    assert holds(text, "2 of 12", "3 of 10")
+    (comparison,) = found.comparisons
+    assert comparison.verdict in found.table().notes
 
 
 def test_runs_are_compared_by_their_figures(tmp_path: Path) -> None:

@@ -208,24 +208,29 @@ def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
     found = evaluate_runs([near, far], rows, base=True, device="cpu")
     (comparison,) = found.comparisons
     assert (comparison.name, comparison.paired.is_apart) == ("loss", True)
-    means = {name: found.evaluations[name].scores["tuned"].loss for name in ("near", "far")}
+    means = {name: found.runs[name].scores["tuned"].loss for name in ("near", "far")}
     assert comparison.best == min(means, key=means.__getitem__)
     assert comparison.paired.difference.mean == pytest.approx(
         means[comparison.best] - means[comparison.other]
     )
     assert found.table().columns == ["base", "near", "far"]
-    assert "base" not in found.evaluations["far"].scores
+    assert "base" not in found.runs["far"].scores
     # Rows that were trained on are named before the verdict.
     notes = list(found.table().notes)
     assert notes.index(comparison.verdict) == 2
     assert all(note.startswith("warning: ") and holds(note, "11 of 12 rows") for note in notes[:2])
     for run in (near, far):
         (kept,) = RunFiles(run).evals
-        row_losses = found.evaluations[run.name].scores["tuned"].row_losses
+        row_losses = found.runs[run.name].scores["tuned"].row_losses
         assert kept["row_losses"]["tuned"] == list(row_losses)
+    # One run is a list of one: the base is compared with it in the same way.
+    alone = evaluate_runs([near], rows, base=True, device="cpu")
+    (against_base,) = alone.comparisons
+    assert (against_base.best, against_base.other) == ("tuned", "base")
+    assert alone.scores == found.runs["near"].scores
     output = tmp_path / "answers"
     found = evaluate_runs([near, far], rows, output=output, max_examples=1, **SHORT)
-    answers = [evaluation.answers for evaluation in found.evaluations.values()]
+    answers = [evaluation.answers for evaluation in found.runs.values()]
     assert answers == [output / "near.jsonl", output / "far.jsonl"]
 
 

@@ -85,9 +85,10 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
         assert f1.scores[name] == [token_f1(line["answer"], line["reference"]) for line in of_model]
         assert mine.scores[name][3] == 0.5 + len(of_model[3]["answer"]) / 1000
         assert dict(found.unfinished)[name] == sum(not line["finished"] for line in of_model)
-    assert f1.paired == paired_intervals(f1.scores["base"], f1.scores["tuned"])
+    (of_f1,) = f1.comparisons
+    assert of_f1.paired == paired_intervals(f1.scores["base"], f1.scores["tuned"])
     saved = json.loads(answers.with_name("answers.scores.json").read_text())
-    assert saved["scores"]["f1"]["difference"] == list(f1.paired.difference)
+    assert saved["scores"]["f1"]["difference"] == list(of_f1.paired.difference)
     assert saved["scores"]["f1"]["by_row"] == f1.scores
     assert (saved["step"], saved["checkpoint"], saved["seen"]) == (3, "final", 0)
     assert found.scores["tuned"].loss == saved["losses"]["tuned"]
@@ -180,10 +181,10 @@ def test_only_answers_that_are_missing_are_made(
 ) -> None:
     """Those of a base that is asked for later, then; none for another scorer."""
     alone = scored(run, held, answers, base=False).by_scorer[0]
-    assert (list(alone.models), alone.paired, alone.verdict) == (["tuned"], None, "")
+    assert (list(alone.models), alone.comparisons) == (["tuned"], ())
     both = scored(run, held, answers)
     assert both.by_scorer[0].models["tuned"] == alone.models["tuned"]
-    assert both.by_scorer[0].paired is not None
+    assert both.by_scorer[0].comparisons
     monkeypatch.setattr(
         "tunesmith.tools.evaluate.generate.answer_all",
         lambda *_, **__: pytest.fail("answered again"),

@@ -39,12 +39,6 @@ from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.functions import file_and_name
 from tunesmith.host.logger import lines_by_default
 from tunesmith.methods.pairs import accuracy
-from tunesmith.metrics.intervals import (
-    Interval,
-    PairedIntervals,
-    difference_sentence,
-    paired_losses,
-)
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.presentation.data import layout_lines
 from tunesmith.rows.compare.splits import SourceRows, read_splits
@@ -62,9 +56,11 @@ from tunesmith.tokens.tokenize import tokenize
 from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.tools.evaluate.score_rows import (
     Progress,
+    RowComparison,
     RowScores,
     Scoring,
     answers_path,
+    compare_rows,
     no_scored_rows,
     save_scores,
     summarize_rows,
@@ -109,11 +105,11 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluation(Tabular):
-    """Evaluation of a run, and of its base model, on held-out rows.
+    """Evaluation of a run and of its base model, or of several runs, on held-out rows.
 
     Attributes:
         scores: the result of each model: `base` and `tuned`, or `model` if the path is a base
-            model.
+            model. For several runs: the result of each run by its name, and of `base`.
         data: description of the scored rows and their source.
         rows: number of rows, including dropped rows.
         dropped: number of rows that were dropped because they are longer than the recipe's seq_len.
@@ -128,6 +124,12 @@ class Evaluation(Tabular):
         row_hash: hash of the rows' tokens. Two runs with the same hash were scored on the same
             tokens.
         reference_hash: hash of the answers in the rows; empty if no scorer was used.
+        loss_comparisons: the loss of the tuned model compared with that of the base, or the best
+            of several runs with each of the others. Empty for pairs: the loss of pairs is
+            misleading, because it can rise while the model learns which answer is better.
+        obstacles: for each measure by which runs cannot be compared, a sentence with the reason.
+        runs: the evaluation of each run by its name, if there are several. The other values are
+            those of the first run.
     """
 
     scores: dict[str, EvalResult]
@@ -143,38 +145,58 @@ class Evaluation(Tabular):
     seen_fault: str = ""
     row_hash: str = ""
     reference_hash: str = ""
+    loss_comparisons: tuple[RowComparison, ...] = ()
+    obstacles: tuple[str, ...] = ()
+    runs: Mapping[str, "Evaluation"] = field(default_factory=dict)
 
     def table(self) -> ResultTable:
         """Return a table with a column for each model, and notes about the rows."""
-        # Show only the models of this evaluation. With --no-base, the answers file can still have
-        # answers of the base model from an earlier evaluation.
-        intervals = {
-            scores.name: [scores.models[model] for model in self.scores]
-            for scores in self.by_scorer
-        }
+        columns = []
+        for result in self.scores.values():
+            # `score` sets the perplexity to infinity if exp(loss) overflows.
+            is_finite = result.perplexity < math.inf
+            columns.append(
+                [
+                    f"{result.loss:.4f}",
+                    f"{result.perplexity:.3f}" if is_finite else "above 1e308",
+                    f"{result.token_accuracy:.2%}",
+                    str(result.rows),
+                    str(result.tokens),
+                ]
+            )
+        names = ["loss (nats per token)", "perplexity", "token accuracy", "rows"]
+        rows = list(zip([*names, "supervised tokens"], *columns, strict=True))
+        if not any(result.tokens for result in self.scores.values()):
+            rows = [row for row in rows if row[0] == "rows"]  # rows without answers have no loss
+        for scores in self.by_scorer:
+            # Show only the models of this evaluation. With --no-base, the answers file can still
+            # have answers of the base model from an earlier evaluation.
+            intervals = [scores.models[model] for model in self.scores]
+            cells = [
+                f"{mean:.1%} ({100 * low:.1f} to {100 * high:.1f})" for mean, low, high in intervals
+            ]
+            rows.append((f"{scores.name}, 95 % interval", *cells))
         notes = [*self.warnings(), *self.verdicts(), *self.notes()]
-        return score_table(self.data, self.scores, intervals, notes)
+        return ResultTable(rows, list(self.scores), title=f"rows: {self.data}", notes=notes)
 
     @property
-    def loss_difference(self) -> PairedIntervals | None:
-        """Loss of the tuned model minus loss of the base model, with a confidence interval.
-
-        None if the base was not evaluated, or if the rows are pairs. For pairs the difference is
-        misleading, because the loss can rise while the model learns which answer is better.
-        """
-        base, tuned = self.scores.get("base"), self.scores.get("tuned")
-        if base is None or tuned is None or tuned.pairs or not tuned.row_losses:
-            return None
-        return paired_losses(base.row_losses, tuned.row_losses, tuned.row_tokens)
+    def comparisons(self) -> list[RowComparison]:
+        """The comparisons of the models by the loss and by each scorer."""
+        by_score = [each for scores in self.by_scorer for each in scores.comparisons]
+        return [*self.loss_comparisons, *by_score]
 
     def verdicts(self) -> list[str]:
-        """Return a sentence for the loss and each scorer: whether the tuned model is better."""
-        loss = self.loss_difference
-        verdicts = [] if loss is None else [difference_sentence("loss", loss)]
-        return verdicts + [scores.verdict for scores in self.by_scorer if scores.verdict]
+        """Return one sentence per comparison, and one per measure that cannot be compared."""
+        return [*self.obstacles, *(comparison.verdict for comparison in self.comparisons)]
 
     def warnings(self) -> list[str]:
         """Return warnings about problems of the rows that can make the scores unreliable."""
+        if self.runs:
+            return [
+                f"warning: {name}: {warning.removeprefix('warning: ')}"
+                for name, evaluation in self.runs.items()
+                for warning in evaluation.warnings()
+            ]
         if self.seen is None or not self.seen.count:
             return []
         return [
@@ -185,6 +207,10 @@ class Evaluation(Tabular):
 
     def notes(self) -> Iterator[str]:
         """Yield further notes about the rows, one line each."""
+        for name, evaluation in self.runs.items():
+            yield from (f"{name}: {note}" for note in evaluation.notes())
+        if self.runs:
+            return
         rows = count_of(self.rows, "row")
         for count, what in ((self.dropped, "dropped"), (self.cut, "cut short")):
             if count:
@@ -202,45 +228,6 @@ class Evaluation(Tabular):
                 yield f"{cut}, which may lower the score"
         if self.answers is not None:
             yield f"answers: {self.answers}"
-
-
-def score_table(
-    data: str,
-    results: Mapping[str, EvalResult],
-    by_scorer: Mapping[str, Sequence[Interval]],
-    notes: Sequence[str],
-) -> ResultTable:
-    """Return the table of an evaluation, with a column for each model.
-
-    Args:
-        data: description of the rows, for the title.
-        results: column heading -> loss and accuracy of the model.
-        by_scorer: name of a scorer -> mean score of each model with its interval.
-        notes: lines below the table.
-    """
-    columns = []
-    for result in results.values():
-        # `score` sets the perplexity to infinity if exp(loss) overflows.
-        is_finite = result.perplexity < math.inf
-        columns.append(
-            [
-                f"{result.loss:.4f}",
-                f"{result.perplexity:.3f}" if is_finite else "above 1e308",
-                f"{result.token_accuracy:.2%}",
-                str(result.rows),
-                str(result.tokens),
-            ]
-        )
-    names = ["loss (nats per token)", "perplexity", "token accuracy", "rows", "supervised tokens"]
-    rows = list(zip(names, *columns, strict=True))
-    if not any(result.tokens for result in results.values()):
-        rows = [row for row in rows if row[0] == "rows"]  # rows without answers have no loss
-    for scorer, intervals in by_scorer.items():
-        cells = [
-            f"{mean:.1%} ({100 * low:.1f} to {100 * high:.1f})" for mean, low, high in intervals
-        ]
-        rows.append((f"{scorer}, 95 % interval", *cells))
-    return ResultTable(rows, list(results), title=f"rows: {data}", notes=notes)
 
 
 def score(
@@ -496,7 +483,16 @@ def _evaluation(
         seen=seen,
         seen_fault=fault,
         row_hash=counts.digest,
+        loss_comparisons=compare_losses(scores, next(reversed(scores))),
     )
+
+
+def compare_losses(results: Mapping[str, EvalResult], best: str) -> tuple[RowComparison, ...]:
+    """Compare the losses of the model `best` with those of each other model, row by row."""
+    if any(result.pairs or not result.tokens for result in results.values()):
+        return ()  # pairs are compared by their order, and rows without answers have no loss
+    by_row = {model: result.row_losses for model, result in results.items()}
+    return compare_rows("loss", by_row, best, results[best].row_tokens)
 
 
 def _keep_losses(

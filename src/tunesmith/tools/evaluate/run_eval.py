@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 from pydantic_core import to_json
 
@@ -17,10 +16,9 @@ from tunesmith.distributed.ranks import (
     started_as,
 )
 from tunesmith.host.streams import width_of
-from tunesmith.metrics.intervals import difference_sentence
 from tunesmith.tools.evaluate.decoding_options import read_decoding
-from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
-from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
+from tunesmith.tools.evaluate.evaluate import Evaluation
+from tunesmith.tools.evaluate.evaluate_runs import evaluate_runs
 from tunesmith.tools.evaluate.score_rows import RowScores
 
 
@@ -31,12 +29,11 @@ def run_rows(args: argparse.Namespace) -> None:
     if started_as() is None:
         require_one_process("eval")
     leave_lines_to_rank_0()
-    is_one = len(args.runs) == 1
-    measure = partial(evaluate, args.runs[0]) if is_one else partial(evaluate_runs, args.runs)
     with join_ranks() as ranks:
         counter = ProgressCounter() if ranks.is_main_process else nullcontext(lambda *_: None)
         with counter as progress:
-            result = measure(
+            result = evaluate_runs(
+                args.runs,
                 args.data,
                 split=args.split,
                 format_name=args.format_name,
@@ -58,15 +55,12 @@ def run_rows(args: argparse.Namespace) -> None:
         print_result(args, result)
 
 
-def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) -> None:
+def print_result(args: argparse.Namespace, result: Evaluation) -> None:
     """Print the scores as a table with warnings and notes, or as JSON."""
     if args.json:
-        if isinstance(result, Evaluation):
-            report = as_report(args.runs[0], result)
-        else:
-            report = runs_as_report(args.runs, result)
+        report = runs_as_report if result.runs else run_as_report
         # JSON has no NaN and no infinity.
-        print(to_json(report, indent=2, inf_nan_mode="null").decode())
+        print(to_json(report(args.runs, result), indent=2, inf_nan_mode="null").decode())
         return
     table = result.table()
     notify(table.title)
@@ -78,8 +72,9 @@ def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) 
         notify(note)
 
 
-def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
-    """Return the values that --json prints for one run."""
+def run_as_report(run_names: Sequence[str], result: Evaluation) -> dict[str, object]:
+    """Return the values that --json prints for one run. Its name is the only one."""
+    [run_name] = run_names
     report: dict[str, object] = {
         "run": run_name,
         "data": result.data,
@@ -97,24 +92,23 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
         report["unfinished"] = dict(result.unfinished)
     if result.by_scorer:
         report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
-    loss = result.loss_difference
-    if loss is not None:
+    for loss in result.loss_comparisons:
         report["loss_difference"] = {
-            "rows": loss.rows,
-            **loss.difference._asdict(),
-            "verdict": difference_sentence("loss", loss),
+            "rows": loss.paired.rows,
+            **loss.paired.difference._asdict(),
+            "verdict": loss.verdict,
         }
     if result.seen is not None:
         report["seen"] = result.seen.count
     return report
 
 
-def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str, object]:
+def runs_as_report(run_names: Sequence[str], result: Evaluation) -> dict[str, object]:
     """Return the values that --json prints for several runs."""
-    evaluations = result.evaluations.items()
+    evaluations = result.runs.items()
     return {
         "runs": {
-            name: as_report(run_name, evaluation)
+            name: run_as_report([run_name], evaluation)
             for run_name, (name, evaluation) in zip(run_names, evaluations, strict=True)
         },
         "comparisons": [
@@ -136,8 +130,7 @@ def scores_as_json(scores: RowScores) -> dict[str, object]:
     """Return the results of one scorer for JSON, without the scores of single rows."""
     means = {name: interval._asdict() for name, interval in scores.models.items()}
     values: dict[str, object] = {"rows": scores.rows, **means}
-    paired = scores.paired
-    if paired is not None:
-        values["difference"] = paired.difference._asdict()
-        values |= {"differing": paired.differing, "verdict": scores.verdict}
+    for comparison in scores.comparisons:
+        values["difference"] = comparison.paired.difference._asdict()
+        values |= {"differing": comparison.paired.differing, "verdict": comparison.verdict}
     return values

@@ -30,6 +30,7 @@ from tunesmith.metrics.intervals import (
     difference_sentence,
     mean_interval,
     paired_intervals,
+    paired_losses,
 )
 from tunesmith.model.weights.safetensors_files import weights_digest
 from tunesmith.rows.compare.splits import SourceRows
@@ -50,6 +51,54 @@ Progress = Callable[..., None]
 
 
 @dataclass(frozen=True)
+class RowComparison:
+    """Comparison of two models by one measure, which has a value for each row.
+
+    Attributes:
+        name: the measure: `loss`, or the name of a scorer.
+        best: the tuned model, or of several runs the one with the best mean.
+        other: the base model, or another run.
+        paired: the difference, `best` minus `other`, with its confidence interval.
+    """
+
+    name: str
+    best: str
+    other: str
+    paired: PairedIntervals
+
+    @property
+    def verdict(self) -> str:
+        """The result in a sentence: better, worse or no significant difference."""
+        return difference_sentence(self.name, self.paired, first=self.other, second=self.best)
+
+
+def compare_rows(
+    name: str,
+    by_row: Mapping[str, Sequence[float]],
+    best: str,
+    tokens: Sequence[int] | None = None,
+) -> tuple[RowComparison, ...]:
+    """Compare one model with each of the others, row by row.
+
+    Args:
+        name: name of the measure.
+        by_row: the values of each model, one for each row.
+        best: the model that is compared with the others.
+        tokens: number of tokens of each row if the values are losses, else None.
+    """
+    comparisons = []
+    for other, values in by_row.items():
+        if other == best:
+            continue
+        if tokens is None:
+            paired = paired_intervals(values, by_row[best])
+        else:
+            paired = paired_losses(values, by_row[best], tokens)
+        comparisons.append(RowComparison(name, best, other, paired))
+    return tuple(comparisons)
+
+
+@dataclass(frozen=True)
 class RowScores:
     """Scores of all rows by one scorer.
 
@@ -57,18 +106,16 @@ class RowScores:
         name: the name of the scorer.
         rows: the number of rows.
         models: the mean score of each model with its confidence interval.
-        paired: the paired comparison of base and tuned; None if only one model was scored.
-        verdict: a sentence: better, worse or no significant difference; empty if only one model was
-            scored.
         scores: the scores of each model, row by row.
+        comparisons: the tuned model compared with the base, or the best of several runs compared
+            with each of the others.
     """
 
     name: str
     rows: int
     models: dict[str, Interval]
-    paired: PairedIntervals | None
-    verdict: str
     scores: dict[str, list[float]] = field(repr=False)
+    comparisons: tuple[RowComparison, ...] = ()
 
 
 def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
@@ -305,15 +352,16 @@ class Scoring:
         return summarize_rows(name, scores)
 
 
-def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:
-    """Compute mean and interval of each model's scores. Compare base and tuned if both exist."""
-    count = len(next(iter(scores.values())))
+def summarize_rows(name: str, scores: dict[str, list[float]], best: str = "") -> RowScores:
+    """Compute mean and interval of each model's scores, and compare one model with the others.
+
+    Args:
+        best: the model that is compared with the others; "": the last, which is the tuned model.
+    """
+    best = best or next(reversed(scores))
     models = {model: mean_interval(values) for model, values in scores.items()}
-    if not {"base", "tuned"} <= scores.keys():
-        return RowScores(name, count, models, None, "", scores)
-    paired = paired_intervals(scores["base"], scores["tuned"])
-    verdict = difference_sentence(name, paired)
-    return RowScores(name, count, models, paired, verdict, scores)
+    comparisons = compare_rows(name, scores, best)
+    return RowScores(name, len(scores[best]), models, scores, comparisons)
 
 
 def save_scores(
@@ -341,10 +389,12 @@ def save_scores(
     scores = {}
     for result in results:
         values: dict[str, object] = {model: list(span) for model, span in result.models.items()}
-        if result.paired is not None:
-            values["difference"] = list(result.paired.difference)
-            values["differing"] = result.paired.differing
-        scores[result.name] = {**values, "verdict": result.verdict, "by_row": result.scores}
+        values["verdict"] = ""
+        for comparison in result.comparisons:
+            values["difference"] = list(comparison.paired.difference)
+            values["differing"] = comparison.paired.differing
+            values["verdict"] = comparison.verdict
+        scores[result.name] = {**values, "by_row": result.scores}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({**start, **about, "scores": scores}) + "\n")
