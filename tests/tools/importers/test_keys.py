@@ -260,6 +260,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, list[str]]] = [
     *(("trl rewards", {"reward_funcs": [name]}, name, []) for name in ("a b.c", "my-lib.f")),
     ("trl rewards", {"reward_funcs": ["accuracy_reward", "my.f"]}, "accuracy_reward", ["'method.reward=[rewards.py:accuracy_reward, my.py:f]'"]),
     ("llamafactory", {"dataset": "talks"}, "dataset_info.json", ["data.train.source=rows.jsonl data.train.format=messages"]),
+    ("llamafactory", {"dataset": {"talks": {"file_name": "talks.json"}}}, "dataset_info.json", ["data.train.source=rows.jsonl"]),
     ("llamafactory pairs", {"eval_dataset": "talks"}, "eval_dataset", ["data.validation.source=rows.jsonl data.validation.format=preference"]),
     *(("trl rewards", {"loss_type": name}, "loss_type", []) for name in ("sapo", "luspo", "vespo", "sigmoid")),
     *(("trl rewards", {key: 1}, key, []) for key in ("reward_model_name_or_path", "max_tool_calling_iterations", "normalize_advantages")),

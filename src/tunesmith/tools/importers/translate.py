@@ -268,16 +268,17 @@ def _set_rows(recipe: Translation, part: str) -> None:
             for name in recipe.matching(f"{prefix}.*") + recipe.matching(prefix):
                 recipe.note(name, why, differs=False)
             continue
+        is_listed = bool(recipe.listed(prefix))
+        if "registry" in rows and (is_listed or recipe.matching(f"{prefix}.*")):
+            row_format = METHOD_FORMATS.get(recipe.method, "messages")
+            raise recipe.error(
+                prefix,
+                f"{rows['registry']}, which describes these rows, is not read",
+                f"name the rows on the command line: data.{part}.source=rows.jsonl "
+                f"data.{part}.format={row_format}",
+            )
         # In this case the value lists names of data sets, and the file has no other keys for them.
-        if recipe.listed(prefix):
-            if "registry" in rows:
-                row_format = METHOD_FORMATS.get(recipe.method, "messages")
-                raise recipe.error(
-                    prefix,
-                    f"{rows['registry']}, which describes these rows, is not read",
-                    f"name the rows on the command line: data.{part}.source=rows.jsonl "
-                    f"data.{part}.format={row_format}",
-                )
+        if is_listed:
             path = f"{prefix}.{rows['sources'][-1]}"
             keys[path] = replace(keys.pop(prefix), key=path)
 
