@@ -58,8 +58,6 @@ def test_what_a_path_stands_for(run: Path, tiny: Path, tmp_path: Path) -> None:
     place = locate_run(shutil.copytree(run / "final", tmp_path / "elsewhere"))
     assert (place.holds, place.base.name, place.base.dtype) == ("adapter", str(tiny), "fp32")
     assert place.run is None
-    place = locate_run(shutil.copyfile(run / "config.yaml", tmp_path / "mine.yaml"))
-    assert (place.holds, place.base.name, place.folder) == ("base", str(tiny), None)
     make_run(tmp_path / "full", tiny, AutoModelForCausalLM.from_pretrained(tiny))
     assert locate_run(tmp_path / "full").holds == "full"
     assert locate_run(tmp_path / "full", base_only=True).base.name == str(tiny)
@@ -143,6 +141,7 @@ WITHOUT_MODEL: list[tuple[dict[str, str | None], str, int, str]] = [
     ({"config.yaml": "model: {nam: x}\n"}, "", EXIT_USAGE, "config.yaml:1"),
     ({"ad/x": ""}, "ad", EXIT_USAGE, "has no model"),
     ({"ad/notes.txt": ""}, "ad/notes.txt", EXIT_USAGE, ".txt"),
+    ({}, "config.yaml", EXIT_USAGE, "config.yaml"),
     ({"ad/adapter_config.json": "{"}, "ad", EXIT_USAGE, "adapter_config.json:1"),
     ({"ad/adapter_config.json": '{"r": 4}'}, "ad", EXIT_USAGE, "base_model_name_or_path"),
 ]

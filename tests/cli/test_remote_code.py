@@ -54,7 +54,7 @@ def stranger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Commands that read the recipe of a run, and commands that load its model.
 RECIPE = ("data RUN", "data RUN --json", "data RUN/config.yaml", "data RUN/mine.yaml", "plan RUN/config.yaml", "train RUN/config.yaml", "bench RUN/config.yaml",
           "fetch RUN/config.yaml", "sweep RUN/config.yaml train.seed=1,2", "launch local RUN/config.yaml", "launch docker RUN/config.yaml --render",
-          "launch slurm RUN/config.yaml --gpus-per-node 1 --render", "chat RUN/config.yaml")  # fmt: skip
+          "launch slurm RUN/config.yaml --gpus-per-node 1 --render")  # fmt: skip
 MODEL = ("chat RUN", "chat RUN/final --base", "eval RUN --data ROWS", "generate RUN --input ROWS --output -", "merge RUN --output OUT",
          "export RUN --to gguf --output OUT.gguf", "export RUN --to vllm --output OUT")  # fmt: skip
 FUNCTIONS: dict[str, Callable[[Path], object]] = {

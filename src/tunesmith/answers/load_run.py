@@ -6,7 +6,7 @@ A path RUN can be:
     checkpoint-N or final    loads this folder; the run's config.yaml is in the parent folder
     an adapter folder        PEFT files; adapter_config.json names the base model
     a model folder           Transformers files
-    a recipe, Hub id, .gguf  loads the base model (only if the command accepts a base model)
+    a Hub id or .gguf        loads the base model (only if the command accepts a base model)
     demo                     loads the demo's base model
 
 `locate_run` reads only small files, so that a wrong path is reported before torch is imported.
@@ -30,7 +30,6 @@ from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.config.trust import untrusted_code
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host import demo_model
-from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.weights.safetensors_files import read_json
@@ -67,8 +66,8 @@ class RunLocation:
         base: the base model. For a "full" model this is the model before training.
         run: the resolved recipe of the run; None if there is no recipe.
         note: text that says which of several folders was chosen, and why.
-        is_note_shown: whether the note is shown to the user. True if the path is a run directory or
-            a recipe, and the chosen model is not the last step of a finished run.
+        is_note_shown: whether the note is shown to the user. True if the path is a run directory
+            and the chosen model is not the last step of a finished run.
     """
 
     holds: Literal["adapter", "full", "base"]
@@ -227,13 +226,6 @@ def locate_run(
             location = replace(_in_folder(folder, note=note), is_note_shown=is_note_shown)
         else:
             location = _in_folder(local_path)
-    elif local_path.is_file() and local_path.suffix in (".yaml", ".yml"):
-        run = load_recipe(local_path, trusts_code=trust_remote_code)
-        note = f"the base of the recipe {path}: {run.model.name}"
-        has_run = (Path(run.output_dir) / RECIPE).is_file()
-        if has_run:
-            note += f"; its run is {relative_to_cwd(run.output_dir)}"
-        location = RunLocation("base", None, run.model, run, note, is_note_shown=has_run)
     elif local_path.is_file() and local_path.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=path))
     # A local folder has priority over a Hub id with the same name. Run directories are in `runs/`.
@@ -282,8 +274,7 @@ def _no_model(path: Path, what: str) -> UsageError:
     return UsageError(
         what,
         where=path,
-        why="a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or "
-        "Hub id is needed",
+        why="a run directory, checkpoint, adapter, model folder, .gguf file or Hub id is needed",
         fix=suggest_run(path),
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -66,10 +65,8 @@ def test_places_and_runs_that_are_refused(name: str, run: Path) -> None:
     refused(export, run, f"file/{output}", "file")
     refused(export, run, f"/proc/{output}", "/proc")  # no room, or not to be written
     refused(export, Path("nowhere"), output, "nowhere")
-    # A recipe stands for the base, not for its run.
-    text = (run / "config.yaml").read_text()
-    Path("mine.yaml").write_text(re.sub("output_dir: .*", f"output_dir: {run}", text))
-    refused(export, Path("mine.yaml"), output, str(run))
+    # A recipe is neither a run nor a model.
+    refused(export, run / "config.yaml", output, "config.yaml")
 
 
 @pytest.mark.parametrize("name", ["ollama", "vllm --adapter", "merge"])

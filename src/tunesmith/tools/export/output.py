@@ -20,9 +20,8 @@ import psutil
 
 from tunesmith.answers.load_run import RunLocation
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
-from tunesmith.host.files import existing_folder, relative_to_cwd
+from tunesmith.host.files import existing_folder
 from tunesmith.host.shell import shell_path
-from tunesmith.run_dir import RECIPE
 from tunesmith.tools.export.gguf.ollama import MODELFILE
 
 # File with the result of the check and the size of each written file. Only `merge` writes this
@@ -45,7 +44,6 @@ def check_output_path(output: str | Path, location: RunLocation) -> Path:
         UsageError: the path is empty, or it contains the run, its base model or the current folder.
         MachineError: the parent folder is not writable.
     """
-    _check_not_recipe(location)
     if not str(output):
         raise UsageError(
             "--output is empty", where="--output", fix="give the path of a new file or folder"
@@ -88,21 +86,6 @@ def _unwritable(folder: Path, why: str = "") -> MachineError:
     )
 
 
-def _check_not_recipe(location: RunLocation) -> None:
-    """Raise UsageError if the path is a recipe and the recipe's run exists.
-
-    An export of a recipe would export the untrained base model, but the user probably means the
-    run.
-    """
-    recipe = location.run
-    if location.holds == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
-        raise UsageError(
-            "the given recipe names only the untrained base model, not the trained model",
-            where=location.base.name,
-            fix=f"give the run directory instead: {shell_path(relative_to_cwd(recipe.output_dir))}",
-        )
-
-
 def check_new_folder(output: str | Path, location: RunLocation) -> Path:
     """Return the absolute path of a folder to write.
 
@@ -121,7 +104,6 @@ def check_merge_output(
 
     Raise UsageError if the run has no adapter, or if the folder exists and must not be replaced.
     """
-    _check_not_recipe(location)
     if location.holds != "adapter":
         where = str(location.folder or path)
         why = location.note or f"{path} is a base model"
