@@ -327,7 +327,7 @@ def test_tool_calls_are_read_in_the_form_of_the_template(
 @pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral", "gptoss"])
 def test_the_form_of_calls_is_learned_through_the_template_in_use(family: str) -> None:
     """What is rendered is what is trained on: without headers, with a template's reasoning."""
-    path = Path(__file__).parents[2] / "data" / "templates" / f"{family}.jinja"
+    path = Path(__file__).parents[2] / "tokens" / "templates" / f"{family}.jinja"
     if not path.exists():
         path = Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / path.name
     jinja = path.read_text()
