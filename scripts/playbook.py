@@ -233,7 +233,7 @@ def parser(name: str) -> argparse.ArgumentParser:
         "dtype of weights and matmuls; float16 uses loss scaling; auto: bfloat16 if the processor "
         "has bf16 hardware"
     )
-    add("--model_name", "model: a Hub id, a local folder or a .gguf file", script.model)
+    add("--model_name", "model: a Hub id or a local folder", script.model)
     add("--dtype", dtype, "auto", choices=list(DTYPES))
     text = "examples per batch; under accelerate launch or torchrun, per batch of each process"
     add("--batch_size", text, script.batch_size, **count)

@@ -33,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 import rl_rewards
 from rl_tasks import TASKS, method_of, rows_of, write_rows
 
+from tunesmith.host.demo_model import demo_model
+
 TASK = TASKS["sum"]
 RANK, ALPHA = 16, 32
 # Arguments of GRPOConfig
@@ -206,15 +208,6 @@ def contest(a: argparse.Namespace) -> None:
         Path(a.json).write_text(json.dumps(report, indent=1))
 
 
-def write_demo_model(folder: Path) -> str:
-    """Write the demo model as a folder of Transformers, in fp32. Return its path."""
-    from tunesmith.host.demo_model import demo_model
-    from tunesmith.hub.gguf_folder import write_folder
-
-    write_folder(demo_model(), "fp32", folder)
-    return str(folder)
-
-
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -239,11 +232,10 @@ def main() -> None:
         contend(a)
         return
     os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
-    with tempfile.TemporaryDirectory() as name:
-        if a.model is None:
-            a.model = write_demo_model(Path(name))
-            sys.argv += ["--model", a.model]  # for the processes of the contenders
-        contest(a)
+    if a.model is None:
+        a.model = str(demo_model())
+        sys.argv += ["--model", a.model]  # for the processes of the contenders
+    contest(a)
 
 
 if __name__ == "__main__":

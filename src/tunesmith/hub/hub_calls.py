@@ -109,9 +109,7 @@ def unknown_model_name(name: str) -> ModelError:
         fix = "run `tunesmith train --model demo --data FILE`, which needs no download"
     elif near:
         fix = f"did you mean {models[near]}? If not, {fix}"
-    return ModelError(
-        f"{name!r} is neither a folder, a .gguf file, nor a Hub id", where="model.name", fix=fix
-    )
+    return ModelError(f"{name!r} is neither a folder nor a Hub id", where="model.name", fix=fix)
 
 
 def _token() -> str | None:

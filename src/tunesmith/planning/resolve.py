@@ -93,8 +93,6 @@ def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
 
     if model.dtype != "auto":
         return model.dtype
-    # Read only the sizes. Do not convert a .gguf file, because the conversion needs the dtype,
-    # which is not chosen yet.
     spec = spec_of_folder(fetch_for_tokens(model), model)
     dtype, reason = resolve_dtype(model, Train(), chip_of(torch.device(device)), spec)
     if dtype != "bf16":

@@ -169,5 +169,5 @@ def short_name(name: str) -> str:
     `HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` -> `my-faq`
     """
     path = Path(name.rstrip("/"))
-    stem = path.stem if path.suffix.lower() in (*DATA_SUFFIXES, ".gguf") else path.name
+    stem = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
     return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-.") or "data"

@@ -67,7 +67,7 @@ def check_inputs(run: Run) -> None:
     from tunesmith.hub import fetch  # imports huggingface_hub, which is slow
 
     place = fetch.local_model(run.model)
-    if place is not None and place.is_dir():
+    if place is not None:
         fetch.check_folder(place, run.model)
     _try_rewards(open_rows(Request(run)))
 

@@ -203,8 +203,8 @@ def make_recipe(
     choices = _Choices(draft)
     if model == demo_model.DEMO_NAME:
         choices.why["model.name"] = (
-            "the file of the model demo in this Python environment, because a recipe contains "
-            "only files and Hub ids; to train on another machine, run the command above there"
+            "the folder of the model demo on this machine, because a recipe contains only "
+            "folders and Hub ids; to train on another machine, run the command above there"
         )
     choices.choose_adapter()
     choices.choose_method()

@@ -106,7 +106,7 @@ def train(
             recipe is made for `model` and `rows`, as with `tunesmith train --model X --data FILE`.
         overrides: values that replace those of the recipe: `{"key.sub": value}`, or one or several
             texts `key.sub=value` with values in YAML.
-        model: Hub id, folder, .gguf file, or `demo`.
+        model: Hub id, folder, or `demo`.
         rows: mappings, or a `datasets.Dataset`. They are stored in the run directory, so that the
             same call resumes the run.
         on_record: function that is called with the record of each step. If it raises StopIteration,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,13 +17,9 @@ from conftest import CHATML
 from errors import check_shown, refuses
 from invoke import invoke
 from runs import make_run, peft_model
-from tunesmith.checkpoint import manifest
-from tunesmith.config.schema import Model
-from tunesmith.errors import CheckpointError, ModelError, UsageError
-from tunesmith.hub.fetch import fetch
-from tunesmith.model.weights.safetensors_files import weights_digest
+from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.tools.export.gguf import export as room
-from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
+from tunesmith.tools.export.gguf.export import export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.tools.export.gguf.ollama import modelfile_text, ollama_name
 
@@ -146,80 +141,6 @@ def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     with LlamaCpp(Path(exported.file)) as server:
         rendered = server.post("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
     assert rendered["prompt"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.fixture
-def gguf_run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A run on a .gguf file, and the file."""
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "base-q8_0.gguf"
-    export_gguf(base, file, quant="q8_0", check=False, device="cpu")
-    folder = fetch(Model(name=str(file), dtype="fp32"))
-    make_run(tmp_path / "run", folder, peft_model(folder), model={"name": str(file)})
-    env = {"model_hash": weights_digest(folder)}
-    (tmp_path / "run" / "env.json").write_text(json.dumps(env))
-    return tmp_path / "run", file
-
-
-def change_template(run: Path, text: str) -> Path:
-    template = run / "final" / "chat_template.jinja"
-    template.write_text(text)
-    (run / "final" / manifest.MANIFEST).unlink()
-    manifest.write_manifest(run / "final", 3, manifest.flush_files(run / "final"))
-    return template
-
-
-@pytest.mark.slow
-def test_an_adapter_for_the_very_file_that_it_was_trained_on(gguf_run, tmp_path):
-    run, file = gguf_run
-    words = ["export", run, "--to", "gguf", "--adapter", "--device", "cpu", "--threads", 1]
-    done = invoke(*words, "--output", tmp_path / "a.gguf")
-    assert done.code == 0, done.err
-    assert f"next: llama-server -m {file} --lora {tmp_path / 'a.gguf'}\n" in done.out
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
-    assert fields["general.base_model.0.name"].contents() == file.name
-    assert fields["tunesmith.base.sha256"].contents() == sha256
-    record = json.loads((tmp_path / "a.gguf.json").read_text())
-    assert record["base"] == {"file": file.name, "sha256": sha256}
-    check = record["check"]
-    # llama.cpp rounds activations to 8 bits beside weights in q8_0; measured 3e-6 and 0.04
-    assert check["tuned"]["mean_kl"] < 1e-4 < 0.01 < check["base"]["mean_kl"]
-    # A template that the base's file does not have
-    template = change_template(run, CHATML.replace("assistant", "helper"))
-    done = invoke(*words, "--output", tmp_path / "b.gguf", "--no-check")
-    assert f"--lora {tmp_path / 'b.gguf'} --chat-template-file {template}\n" in done.out
-    record = json.loads((tmp_path / "b.gguf.json").read_text())
-    assert (record["check"], record["unchecked"]) == (None, "--no-check")
-
-
-@pytest.mark.slow
-def test_an_adapter_and_its_file_for_ollama(gguf_run, tmp_path):
-    run, file = gguf_run
-    options: dict[str, Any] = {"for_ollama": True, "check": False, "device": "cpu"}
-    export_adapter(run, tmp_path / "orders", **options)
-    names = sorted(path.name for path in (tmp_path / "orders").iterdir())
-    assert names == ["Modelfile", "orders-lora.gguf", "orders-lora.gguf.json"]
-    assert read_modelfile((tmp_path / "orders" / "Modelfile").read_text())[:2] == [
-        ("from", str(file)),
-        ("adapter", "./orders-lora.gguf"),
-    ]
-    # The file of the base has another template.
-    change_template(run, CHATML.replace("assistant", "helper"))
-    with refuses(UsageError, where="--to ollama --adapter", names=[file.name]):
-        export_adapter(run, tmp_path / "orders", force=True, **options)
-
-
-@pytest.mark.slow
-def test_an_adapter_is_refused_where_its_file_is_another(gguf_run, base, run, tmp_path):
-    of_file, file = gguf_run
-    file.unlink()
-    export_gguf(base, file, quant="q4_k_m", check=False, device="cpu")
-    with refuses(ModelError, where=str(file)):
-        export_adapter(of_file, tmp_path / "adapter.gguf", device="cpu")
-    assert not (tmp_path / "adapter.gguf").exists()
-    with refuses(UsageError, where="--to ollama --adapter", fix=["--to gguf --adapter"]):
-        export_adapter(run, tmp_path / "orders", for_ollama=True, device="cpu")
 
 
 @pytest.mark.slow

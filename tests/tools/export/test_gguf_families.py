@@ -32,14 +32,18 @@ from export.tiny_gguf import (
 )
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE, TokenType
 from tunesmith.tools.export.gguf import converted_adapter as module
 from tunesmith.tools.export.gguf.adapter import AdapterTarget, plan_adapter
 from tunesmith.tools.export.gguf.converted_adapter import plan_converted_adapter
 from tunesmith.tools.export.gguf.converter import Converter
 from tunesmith.tools.export.gguf.families import read_family
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
-from tunesmith.tools.export.gguf.tokenizer import model_name, read_gguf_tokenizer
+from tunesmith.tools.export.gguf.tokenizer import (
+    PRE_TOKENIZER_TABLE,
+    TokenType,
+    model_name,
+    read_gguf_tokenizer,
+)
 
 TOKENIZER = byte_level(structure_of("gpt-2"))
 

@@ -19,8 +19,8 @@ from transformers import (
 
 from conftest import CHATML
 from model import families
-from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
+from tunesmith.tools.export.gguf.tokenizer import PRE_TOKENIZER_TABLE
 from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.tuned_weights import WholeRows
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from tunesmith.config.paths import gguf_fix
 from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
 from tunesmith.host.shell import shell_path, shell_word
@@ -293,13 +294,10 @@ def sampled_digest(entries: Sequence[Entry], places: Sequence[float]) -> str:
     return total.hexdigest()
 
 
-def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = False) -> ModelError:
+def no_safetensors(names: list[str], *, name: str, where: str) -> ModelError:
     """Build the error for a folder without model.safetensors.
 
     The message says which other weight files were found.
-
-    Args:
-        repo: whether `name` is a repository on the Hub, not a folder.
     """
     gguf = sorted(file for file in names if file.endswith(".gguf"))
     what = "there are no weights"
@@ -312,10 +310,7 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
     elif gguf:
         what = f"the weights are in GGUF: {', '.join(gguf[:3])}"
         why = ""
-        fix = f"use the file itself: model.name: {name}/{gguf[0]}"
-        if repo:
-            download = f"hf download {shell_word(name)} {shell_word(gguf[0])} --local-dir models"
-            fix = f"{download}, then model.name: models/{gguf[0]}"
+        fix = gguf_fix(name, gguf[0])
     elif any(file.endswith((".bin", ".pth", ".pt")) for file in names):
         what = "the weights are pickled files (.bin, .pth)"
         why = "loading a pickle can execute arbitrary code"

@@ -3,7 +3,6 @@
 example:
   tunesmith export runs/my-run --to gguf --output my-model.gguf
   tunesmith export runs/my-run --to gguf --adapter --output my-adapter.gguf
-  tunesmith export runs/my-run --to ollama --adapter --output my-adapter
   tunesmith export runs/my-run --to ollama --quant q8_0 --output my-model
   tunesmith export runs/my-run --to vllm --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
@@ -13,9 +12,8 @@ does not grow with the model. If llama.cpp is installed (pip install xllamacpp),
 it must tokenize the run's prompts identically, and the KL divergence from the
 tuned model is printed. Without llama.cpp the file is not checked.
 
-With --adapter, --to gguf and --to ollama write only the LoRA. If the run
-trained on a .gguf file, the LoRA fits only this file: both are checked
-together, and the command that serves them is printed.
+With --adapter, --to gguf writes only the LoRA, which llama.cpp applies to a
+GGUF file of the base. The pair is not checked.
 
 --to vllm writes a folder with the merged model in bf16. With --adapter it
 writes only the LoRA, if vLLM supports it.
@@ -124,6 +122,13 @@ def check_options(args: argparse.Namespace) -> None:
             f"--to vllm does not support --quant {args.quant}",
             where="command line: --quant",
             fix="use --quant bf16",
+        )
+    if args.adapter and args.to == "ollama":
+        raise UsageError(
+            "--to ollama does not support --adapter",
+            where="--to ollama --adapter",
+            why="Ollama needs the GGUF file of the entire model",
+            fix="remove --adapter, or use --to gguf",
         )
     if args.adapter:
         check_not_given(args, ("quant",), "cannot be used with --adapter, which is not quantized")

@@ -16,12 +16,12 @@ from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.streams import width_of
 from tunesmith.tools.export.gguf.export import (
     DEFAULT_QUANT,
-    ExportedFile,
     export_adapter,
     export_gguf,
 )
 from tunesmith.tools.export.gguf.ollama import ollama_name
 from tunesmith.tools.export.merge import merge
+from tunesmith.tools.export.record import ExportedFile
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 
@@ -29,14 +29,10 @@ def export_for_gguf(args: argparse.Namespace) -> None:
     """Write a .gguf file or a folder for Ollama, and print its difference to the tuned model."""
     with ProgressCounter() as progress:
         options = {
-            "for_ollama": args.to == "ollama",
             "converter": args.converter,
             "force": args.force,
             "threads": args.threads,
-            "check": not args.no_check,
-            "device": args.device,
             "trust_remote_code": args.trust_remote_code,
-            "checking": partial(progress, "steps of the check in llama.cpp"),
         }
         if args.adapter:
             exported = export_adapter(args.run, args.output, **options)
@@ -45,6 +41,10 @@ def export_for_gguf(args: argparse.Namespace) -> None:
                 args.run,
                 args.output,
                 quant=args.quant or DEFAULT_QUANT,
+                for_ollama=args.to == "ollama",
+                check=not args.no_check,
+                device=args.device,
+                checking=partial(progress, "steps of the check in llama.cpp"),
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
                 **options,
             )
@@ -99,27 +99,16 @@ def warn_of_distance(exported: ExportedFile) -> None:
     """Print a warning and a fix if the outputs of the file and of the tuned model differ much."""
     if exported.check is None or exported.check.is_near:
         return
-    if exported.base:
-        notify(
-            "warning: the answers differ from those of the tuned model, because llama.cpp rounds "
-            "the activations if the base file is quantized; to get closer answers, export the "
-            "entire model: remove --adapter, and use --quant q8_0 or f16"
-        )
-    else:
-        notify(
-            "warning: the answers differ from those of the tuned model, because the quantization "
-            "has few bits; to get closer answers, use --quant q8_0 or f16"
-        )
+    notify(
+        "warning: the answers differ from those of the tuned model, because the quantization has "
+        "few bits; to get closer answers, use --quant q8_0 or f16"
+    )
 
 
 def _next_command(args: argparse.Namespace, exported: ExportedFile) -> str:
     file = shell_path(Path(exported.file))
-    if args.adapter and args.to == "gguf":
-        base = shell_path(Path(exported.base)) if exported.base else "BASE.gguf"
-        command = f"llama-server -m {base} --lora {file}"
-        if exported.chat_template:
-            command += f" --chat-template-file {shell_path(Path(exported.chat_template))}"
-        return command
+    if args.adapter:
+        return f"llama-server -m BASE.gguf --lora {file}"
     if args.to == "ollama":
         folder = shell_path(Path(exported.output))
         name = shell_word(ollama_name(Path(exported.output)))

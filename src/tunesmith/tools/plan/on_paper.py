@@ -146,11 +146,8 @@ def _read_config(model: Model) -> PaperModel:
     config = fetch.config_in_package(model)
     if config is not None:
         return PaperModel(config, model.name, None)
-    path = fetch.local_model(model)
-    if path is not None and path.is_file():
-        folder = fetch.fetch_for_tokens(model)
-    else:
-        folder = fetch.fetch_without_weights(model.name, model.revision)
+    fetch.local_model(model)  # raises an error for a path that is no model folder
+    folder = fetch.fetch_without_weights(model.name, model.revision)
     return PaperModel(read_model_config(folder), str(folder / "config.json"), folder)
 
 

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from tunesmith.adapter.peft_files import PREFIX
 from tunesmith.config.schema import Adapter
@@ -30,14 +29,6 @@ from tunesmith.units import count_of
 
 
 @dataclass(frozen=True)
-class GgufBase:
-    """GGUF file that a run was trained on. The run's adapter fits only this file."""
-
-    file: Path
-    sha256: str
-
-
-@dataclass(frozen=True)
 class AdapterTarget:
     """Properties of an adapter for the header of its GGUF file.
 
@@ -45,13 +36,11 @@ class AdapterTarget:
         name: the adapter's name, which llama.cpp shows.
         adapter: the adapter section of the recipe, with rank and alpha.
         added_tokens: number of tokens that the run added to the vocabulary.
-        base: the GGUF file that the run was trained on; None if the base is not a GGUF file.
     """
 
     name: str
     adapter: Adapter
     added_tokens: int = 0
-    base: GgufBase | None = None
 
 
 BASE_COPY = ".base_layer.weight"  # suffix of PEFT's copies of a frozen head or embedding
@@ -99,10 +88,6 @@ def adapter_plan(arch: str, target: AdapterTarget, tensors: list[GgufTensor]) ->
     if target.adapter.rslora:
         alpha *= math.sqrt(target.adapter.rank)
     writer.add_float32("adapter.lora.alpha", alpha)
-    if target.base is not None:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, target.base.file.name)
-        writer.add_string("tunesmith.base.sha256", target.base.sha256)
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
 
 

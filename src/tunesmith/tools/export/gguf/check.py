@@ -120,7 +120,6 @@ def check_file(
     tuned: TunedModel,
     base: TunedModel | None,
     *,
-    base_file: Path | None = None,
     beyond_window: bool = False,
     device: torch.device,
     threads: int,
@@ -130,7 +129,6 @@ def check_file(
 
     Args:
         base: the model before training.
-        base_file: the GGUF file of the base model, if `file` is an adapter.
         beyond_window: add a prompt that is longer than the model's sliding attention window.
         progress: function that is called with the number of finished steps and the number of all
             steps.
@@ -155,8 +153,7 @@ def check_file(
     advance()  # reports 0 steps
     compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
     with LlamaCpp(
-        base_file or file,
-        file if base_file else None,
+        file,
         threads=threads,
         # The context must hold one token more than the longest prompt.
         context=max(CHECK_CONTEXT_TOKENS, *(len(prompt) + 1 for prompt in prompts)),

@@ -10,26 +10,22 @@ the exported file (record.py).
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 
 from tunesmith.adapter.peft_files import PREFIX, read_adapter
 from tunesmith.answers.load_run import (
-    OpenedRun,
     locate_run,
     raise_if_deleted,
     read_run_files,
     select_device,
 )
-from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.errors import (
     CheckpointError,
     MachineError,
-    ModelError,
     TunesmithError,
     UsageError,
 )
@@ -38,17 +34,14 @@ from tunesmith.host.files import require_disk_space
 from tunesmith.host.logger import lines_by_default
 from tunesmith.host.packages import pip_install
 from tunesmith.host.shell import shell_command
-from tunesmith.hub.fetch import local_model
-from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.known.decoder import find_text_model, is_in_text
 from tunesmith.model.known.gguf_writers import gguf_writer
 from tunesmith.model.weights.names import is_vision_language, name_in_text
-from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS, read_json, weights_digest
+from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS, read_json
 from tunesmith.model.weights.stored_form import MODEL_CONFIG
 from tunesmith.model.weights.stored_tensors import stored_tensors
-from tunesmith.run_dir import read_env
-from tunesmith.tools.export.gguf.adapter import AdapterTarget, GgufBase, plan_adapter
-from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model
+from tunesmith.tools.export.gguf.adapter import AdapterTarget, plan_adapter
+from tunesmith.tools.export.gguf.check import check_file, require_same_model
 from tunesmith.tools.export.gguf.convert_with_llama_cpp import Conversion, convert
 from tunesmith.tools.export.gguf.converted_adapter import plan_converted_adapter
 from tunesmith.tools.export.gguf.converter import Converter, require_converter
@@ -65,7 +58,7 @@ from tunesmith.tools.export.output import (
     part_folder,
     record_path,
 )
-from tunesmith.tools.export.record import ADAPTER_KIND, write_record
+from tunesmith.tools.export.record import ADAPTER_KIND, ExportedFile, write_record
 from tunesmith.tools.export.tuned_weights import (
     StoredRows,
     TunedModel,
@@ -73,10 +66,6 @@ from tunesmith.tools.export.tuned_weights import (
 )
 
 DEFAULT_QUANT = "q4_k_m"
-OLLAMA_NOTE = (
-    "Ollama renders chats with the template of the base model, which lacks the run's tool format, "
-    "or with a similar built-in template; compare Ollama's answers with those of llama-server"
-)
 PICTURES_NOTE = (
     "the file holds only the text model; for pictures, give llama.cpp the mmproj file of the base "
     "model, whose vision encoder was not trained"
@@ -87,58 +76,6 @@ TRAINED_PROJECTOR_NOTE = (
     "FOLDER`, then llama.cpp's `python convert_hf_to_gguf.py --mmproj FOLDER`"
 )
 NO_CHECK = "--no-check"  # value of `ExportedFile.unchecked` if the user gave this option
-CHAT_TEMPLATE = "chat_template.jinja"
-
-
-@dataclass(frozen=True)
-class ExportedFile(Tabular):
-    """Result of an export to GGUF: the written file, and its comparison with the tuned model.
-
-    Attributes:
-        output: the path that the caller gave.
-        file: the GGUF file; for Ollama it is in the folder `output`.
-        quant: the quantization of the weights.
-        bytes: size of the file.
-        notes: differences between llama.cpp and Transformers, for the user.
-        check: the comparison with the tuned model; None if the file was not checked.
-        unchecked: the reason if the file was not checked; "" if it was checked.
-        base: the GGUF file that an adapter was trained on; None if the base is not a GGUF file.
-        chat_template: the file with the run's chat template; None if `base` contains the same
-            template.
-    """
-
-    output: str
-    file: str
-    quant: str
-    bytes: int
-    notes: tuple[str, ...]
-    check: FileCheck | None
-    unchecked: str = ""
-    base: str | None = None
-    chat_template: str | None = None
-
-    def table(self) -> ResultTable:
-        """Return a table with the file and its difference to the tuned model."""
-        rows = [("file", self.file), ("size", f"{self.bytes / 1e6:,.1f} MB in {self.quant}")]
-        notes = [f"note: {note}" for note in self.notes]
-        check = self.check
-        if check is None:
-            rows.append(("check", f"not compared with the tuned model ({self.unchecked})"))
-            return ResultTable(rows, notes=notes)
-        answers = f"mean KL {check.tuned.mean_kl:.2g} nats against the tuned model"
-        if check.base:
-            answers += f" (base: {check.base.mean_kl:.2g})"
-        verdict = "not good: differs from the tuned model"
-        if check.is_near:
-            verdict = "good: near the tuned model"
-        same = round(check.tuned.agreement * check.positions)
-        rows += [
-            ("prompts", f"{check.prompts} have identical token ids in llama.cpp"),
-            ("answers", answers),
-            ("next tokens", f"the same at {same} of {check.positions} positions"),
-            ("verdict", verdict),
-        ]
-        return ResultTable(rows, notes=notes)
 
 
 @lines_by_default()
@@ -237,29 +174,21 @@ def export_adapter(
     path: str | Path,
     output: str | Path,
     *,
-    for_ollama: bool = False,
     force: bool = False,
     threads: int | None = None,
-    check: bool = True,
-    device: str | None = None,
     trust_remote_code: bool = False,
     converter: str | os.PathLike[str] | None = None,
-    checking: Progress = lambda done, total: None,
 ) -> ExportedFile:
     """Write only the LoRA of a run as a GGUF file. llama.cpp loads it together with the base model.
 
-    If the run was trained on a GGUF file, the adapter fits only this file. The check then compares
-    both files together with the tuned model.
-
-    The arguments are those of `export_gguf`. For Ollama the output is a folder whose Modelfile
-    names both files.
+    The file is not checked, because the GGUF file of the base model is not known. The arguments are
+    those of `export_gguf`.
 
     Raises: as `export_gguf`, and:
-        UsageError: the run has no adapter, or `for_ollama` is set and its base is not a GGUF file.
-        ModelError: the base is not the GGUF file that the run was trained on.
+        UsageError: the run has no adapter.
     """
     location = locate_run(path, trust_remote_code=trust_remote_code)
-    goal = check_gguf_output(output, location, is_folder=for_ollama, force=force)
+    goal = check_gguf_output(output, location, is_folder=False, force=force)
     folder = location.folder
     if location.holds != "adapter" or folder is None:
         raise UsageError(
@@ -267,44 +196,19 @@ def export_adapter(
             where="--adapter",
             fix="export the entire model, without --adapter",
         )
-    file = Path(output)
-    if for_ollama:
-        file /= f"{goal.name}-lora.gguf"
-    threads = threads or available_cores()
     with raise_if_deleted(location):
-        read = read_run_files(location)
-        base = _find_gguf_base(read, folder)
-        if for_ollama:
-            _check_for_ollama(read, base)
-        tuned = open_tuned_model(read)  # also checks that base and adapter match
+        tuned = open_tuned_model(read_run_files(location))  # checks that base and adapter match
         command = ["tunesmith", "export", path, "--to", "gguf", "--adapter", "--output", output]
-        plan = _plan_adapter(tuned, folder, goal.stem, base, converter, shell_command(command))
+        plan = _plan_adapter(tuned, folder, goal.stem, converter, shell_command(command))
         unchecked = "the GGUF file of the base model is not known"
-        exported = ExportedFile(
-            str(output),
-            str(file),
-            quant="f16",
-            bytes=0,
-            notes=(OLLAMA_NOTE,) if for_ollama else (),
-            check=None,
-            unchecked=_why_unchecked(check) if base else unchecked,
-            base=str(base.file) if base else None,
-            chat_template=_other_template(read, folder) if base else None,
-        )
-        modelfile = None
-        if for_ollama and base is not None:
-            modelfile = modelfile_text(str(base.file), read, file.name)
+        threads = threads or available_cores()
         return _write_checked(
             partial(_write_plan, plan, threads),
-            exported,
+            ExportedFile(str(output), str(output), "f16", 0, (), None, unchecked),
             goal,
             tuned,
             ADAPTER_KIND,
-            device=device,
             threads=threads,
-            checking=checking,
-            modelfile=modelfile,
-            base=base,
         )
 
 
@@ -345,11 +249,10 @@ def _write_checked(
     tuned: TunedModel,
     kind: str,
     *,
-    device: str | None,
     threads: int,
-    checking: Progress,
-    modelfile: str | None,
-    base: GgufBase | None = None,
+    device: str | None = None,
+    checking: Progress = lambda done, total: None,
+    modelfile: str | None = None,
     converter: Converter | None = None,
 ) -> ExportedFile:
     """Write a GGUF file to a hidden folder, compare it with the tuned model, and rename it.
@@ -383,7 +286,6 @@ def _write_checked(
                     file,
                     tuned,
                     _find_base(tuned),
-                    base_file=base.file if base else None,
                     beyond_window=converter is not None,
                     device=torch_device,
                     threads=threads,
@@ -396,7 +298,7 @@ def _write_checked(
                 move_into_place(moved, rejected)
                 raise
         exported = replace(exported, bytes=size, notes=(*notes, *exported.notes), check=result)
-        write_record(file, exported, kind, base, converter)
+        write_record(file, exported, kind, converter)
         if modelfile is None:
             # Delete the earlier file's record before the rename, so that no record describes a file
             # that is missing or replaced.
@@ -405,81 +307,6 @@ def _write_checked(
         if modelfile is None:
             move_into_place(record_path(file), record_path(goal))
     return exported
-
-
-def _find_gguf_base(read: OpenedRun, folder: Path) -> GgufBase | None:
-    """Return the GGUF file that a run was trained on. Return None if the base is not a GGUF file.
-
-    Raise ModelError if the weights of the file have changed since the training.
-    """
-    file = local_model(read.location.base)
-    if file is None or file.is_dir():
-        return None
-    trained_on = read_env(folder.parent).value.get("model_hash")
-    digest = weights_digest(read.files.folder)
-    if trained_on not in (None, digest):
-        raise ModelError(
-            f"{file.name} is not the GGUF file that this adapter was trained on",
-            where=file,
-            why=f"the hash of its weights is {digest[:12]}, but the run recorded {trained_on[:12]}",
-            fix="restore the original file, because an adapter only works with the file that it "
-            "was trained on",
-        )
-    return GgufBase(file.resolve(), digest_of_file(file))
-
-
-def _other_template(read: OpenedRun, folder: Path) -> str | None:
-    """Return the file with the run's chat template, or None if the base has the same template.
-
-    `folder` is the folder of the adapter.
-    """
-    saved = folder / CHAT_TEMPLATE
-    base = read.files.folder / CHAT_TEMPLATE
-    is_other = saved.is_file() and (not base.is_file() or saved.read_bytes() != base.read_bytes())
-    return str(saved) if is_other else None
-
-
-def _check_for_ollama(read: OpenedRun, base: GgufBase | None) -> None:
-    """Raise UsageError if Ollama would render chats differently than training did.
-
-    Ollama uses the chat template of the base model's GGUF file, which can differ from the run's
-    template.
-    """
-    template = read.tokenizer.chat_template or ""
-    file = read.files.folder / CHAT_TEMPLATE
-    base_template = file.read_text() if file.is_file() else ""
-    if base is None:
-        why = f"Ollama needs a base model in GGUF, but {read.location.base.name} is not a GGUF file"
-    elif _renderings(read, template) != _renderings(read, base_template):
-        why = f"Ollama would use the chat template of {base.file.name}, not that of the run"
-    else:
-        return
-    raise UsageError(
-        "Ollama cannot serve this adapter",
-        where="--to ollama --adapter",
-        why=why,
-        fix="use --to gguf --adapter, or --to ollama without --adapter",
-    )
-
-
-def _renderings(read: OpenedRun, template: str) -> list[str | None]:
-    """Render sample chats with a chat template. The chats contain no tools.
-
-    The result is None for a chat that the template refuses. For example, some templates refuse
-    system messages.
-    """
-    user = {"role": "user", "content": "Hi"}
-    answer = {"role": "assistant", "content": "Yes?"}
-    texts = []
-    for chat in ([user], [user, answer, user], [{"role": "system", "content": "Be brief"}, user]):
-        try:
-            text = read.tokenizer.apply_chat_template(
-                chat, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except (ValueError, TemplateError):
-            text = None
-        texts.append(text)
-    return texts
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
@@ -515,7 +342,6 @@ def _plan_adapter(
     tuned: TunedModel,
     folder: Path,
     name: str,
-    base: GgufBase | None,
     converter: str | os.PathLike[str] | None,
     command: str,
 ) -> GgufPlan:
@@ -531,7 +357,7 @@ def _plan_adapter(
             in_text = name_in_text(tuned.model, stored_name.removeprefix(PREFIX))
             in_text = PREFIX + _text_only_name(in_text, prefix)
             weights[in_text] = StoredRows(tensor, torch.float32, tensor.shape)
-    target = AdapterTarget(name, read_adapter(folder), len(tuned.recipe.model.added_tokens), base)
+    target = AdapterTarget(name, read_adapter(folder), len(tuned.recipe.model.added_tokens))
     config = tuned.model.config.get_text_config()
     if gguf_writer(config.model_type) == "own":
         return plan_adapter(config.to_dict(), weights, target)

@@ -40,14 +40,13 @@ def ollama_name(folder: Path) -> str:
     return name[:OLLAMA_NAME_LENGTH] or "my-model"
 
 
-def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> str:
+def modelfile_text(file: str, read: OpenedRun) -> str:
     """Return the text of the Modelfile for a GGUF file.
 
     The Modelfile has no TEMPLATE, because the GGUF file holds the chat template.
 
     Args:
-        file: absolute path of the GGUF file, or its name in the folder of the Modelfile.
-        adapter: path or name of the adapter's GGUF file, if there is one.
+        file: the name of the GGUF file, in the folder of the Modelfile.
 
     Raise ModelError if a Modelfile cannot express the system message, or a token that ends answers.
     """
@@ -59,9 +58,7 @@ def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> st
     )
     # The value of num_ctx is the recipe's seq_len, but at least Ollama's default and at most the
     # model's context.
-    lines = [f"FROM {_path(file)}"]
-    if adapter is not None:
-        lines.append(f"ADAPTER {_path(adapter)}")
+    lines = [f"FROM ./{file}"]
     lines.append(f"PARAMETER num_ctx {min(max(OLLAMA_CONTEXT_TOKENS, seq_len), positions)}")
     for token in sorted(read.template.end_ids - {tokenizer.eos_token_id}):
         text = tokenizer.decode([token])
@@ -77,10 +74,6 @@ def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> st
     if run is not None and run.data.system:
         lines.append(_system_line(run.data.system))
     return "\n".join(lines) + "\n"
-
-
-def _path(file: str) -> str:
-    return file if Path(file).is_absolute() else f"./{file}"
 
 
 def _system_line(system: str) -> str:

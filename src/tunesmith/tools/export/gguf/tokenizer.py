@@ -12,22 +12,25 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tunesmith.answers.load_run import OpenedRun
 from tunesmith.errors import ModelError
-from tunesmith.hub.gguf_tokenizer import (
-    NOT_STRIPPED,
-    PRE_TOKENIZER_TABLE,
-    SPACE,
-    STRIPPING_NAME,
-    TokenType,
-    served_splits,
-)
 from tunesmith.tools.export.gguf.families import SERVE_FOLDER, ModelConfig
 
+# Regular expressions for each value of `tokenizer.ggml.pre`.
+PRE_TOKENIZER_TABLE = json.loads(
+    Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8")
+)
+SPACE = "\u2581"  # SentencePiece's character for a space
+# If the model's name (`general.name`) matches this pattern, llama.cpp removes whitespace after
+# special tokens, except after the tokens in NOT_STRIPPED.
+STRIPPING_NAME = re.compile("phi-?3", re.IGNORECASE)
+NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 # Scores of tokens that no merge produces: the first is for added and special tokens, the second for
 # rows of the embedding that no token uses.
 ADDED_SCORE = -1000.0
@@ -56,6 +59,17 @@ TokenizerFile = Mapping[str, Any]  # content of tokenizer.json
 # Normalizer or pre-tokenizer in tokenizer.json. Its key `type` has the name of a class of the
 # package tokenizers, and the other keys are the arguments of this class.
 TextStep = Mapping[str, Any]
+
+
+class TokenType(IntEnum):
+    """Types of tokens in llama.cpp, with the values of `gguf.TokenType`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3  # special token: matched in a text only if the caller asks for it
+    USER_DEFINED = 4  # added token: matched in any text before the rest is split
+    UNUSED = 5
+    BYTE = 6
 
 
 @dataclass(frozen=True)
@@ -296,6 +310,16 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: TokenizerFile)
     # `ignore_merges` is true, a word in the vocabulary becomes one token without merges. This makes
     # no difference if the merges can produce every token of the vocabulary.
     return str((same or rows)[0]["pre"])
+
+
+def served_splits(pre: str) -> list[str] | None:
+    """Return the regular expressions with which llama.cpp splits a text, in the order of their use.
+
+    `pre` is the value of `tokenizer.ggml.pre`. Return None if it is unknown.
+    """
+    rows = PRE_TOKENIZER_TABLE["structures"]
+    row = next((row for row in rows if pre in (row["pre"], *row.get("also", ()))), None)
+    return row.get("served", row["splits"]) if row else None
 
 
 def _splits(state: TokenizerFile) -> list[str] | None:
