@@ -21,7 +21,8 @@ from tunesmith.distributed import heartbeat
 from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.errors import TunesmithError
 from tunesmith.start.run import train
-from tunesmith.training import answer_sampler, validation
+from tunesmith.training import answer_sampler
+from tunesmith.training import session as session_module
 from tunesmith.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ LIMIT = 2.0  # seconds without progress, in the phase that is struck alone: a bu
 PLACES = {  # phase -> the function that it is struck in
     "first step": (Trainer, "train_step"),
     "training": (Trainer, "train_step"),  # in the second step
-    "validation": (validation, "validation_loss"),
+    "validation": (session_module, "validation_loss"),
     "sample answers": (answer_sampler, "sample_answers"),
     "saving": (RanksWriter, "_write"),
     "saving final/": (contents, "write_model_files"),

@@ -43,17 +43,17 @@ KERNELS: dict[str, tuple[Mapping[str, str], Mapping[str, int]]] = {
         DECODED | {"scales": UINT8},
         {"BLOCK": 64, "NESTED": 256, "BYTES": 1024},
     ),
-    "model.packed_kernels._forward": (
+    "model.layers.packed_kernels._forward": (
         dict.fromkeys("qkv", BF16) | {"out": BF16, "log_sum": FP32, "starts": INT32} | SIZES,
         ATTENTION,
     ),
-    "model.packed_kernels._query_gradients": (
+    "model.layers.packed_kernels._query_gradients": (
         dict.fromkeys(("q", "k", "v", "out", "d_out", "dq"), BF16)
         | {"log_sum": FP32, "delta": FP32, "starts": INT32}
         | SIZES,
         ATTENTION,
     ),
-    "model.packed_kernels._key_gradients": (
+    "model.layers.packed_kernels._key_gradients": (
         dict.fromkeys(("q", "k", "v", "d_out", "dk", "dv"), BF16)
         | {"log_sum": FP32, "delta": FP32, "ends": INT32}
         | SIZES,

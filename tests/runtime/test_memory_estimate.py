@@ -18,7 +18,6 @@ from transformers import AutoConfig
 from tunesmith.batches.batch import collate
 from tunesmith.build_model import build_model, count_trained, define_model
 from tunesmith.config.load import from_mapping
-from tunesmith.config.schema import PAIR_METHODS
 from tunesmith.methods import make_method
 from tunesmith.model.known.model_types import TUNED_SUPPORT
 from tunesmith.model.layers.documents import count_saved_probabilities
@@ -158,7 +157,7 @@ def measure(folder: Path, case: Case) -> Measured:
     draw, length = np.random.default_rng(0), case.length
     ids = draw.integers(0, case.vocabulary, (TOKENS // length, length)).astype(np.int32)
     examples = [Example(row, np.ones(length, bool)) for row in ids]
-    if run.method.name in PAIR_METHODS:
+    if run.method_facts.sequences > 1:
         known = (0.0, 0.0) if run.adapter.kind == "none" else ()
         halves = (length // 2, length // 2)
         examples = [example._replace(sequences=halves, reference=known) for example in examples]

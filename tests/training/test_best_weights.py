@@ -24,6 +24,7 @@ from tunesmith.errors import StoppedError
 from tunesmith.run_dir import read_manifest
 from tunesmith.start.run import train
 from tunesmith.train_model import ValidationResult
+from tunesmith.training import session as session_module
 from tunesmith.training import validation
 from tunesmith.training.result import Result
 
@@ -45,7 +46,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
     def set_losses(values: Sequence[float]) -> None:
         results = iter(values)
         monkeypatch.setattr(
-            validation,
+            session_module,
             "validation_loss",
             lambda *_, **__: ValidationResult(next(results), 1, {}),
         )
@@ -181,7 +182,7 @@ def test_a_validation_that_a_stop_cut_off_counts_once_it_is_measured(
     def interrupted(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(validation, "validation_loss", interrupted)
+    monkeypatch.setattr(session_module, "validation_loss", interrupted)
     with refuses(StoppedError):
         go(tiny, tmp_path, 3)
     assert not Progress.read(tmp_path / "run" / "checkpoint-1").validated

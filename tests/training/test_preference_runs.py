@@ -20,7 +20,7 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.methods.pairs import answer_logprobs
 from tunesmith.train_model import StepTotals, TrainModel, ValidationResult
-from tunesmith.training import validation
+from tunesmith.training import session as session_module
 from tunesmith.training.result import Result
 
 pytestmark = pytest.mark.slow
@@ -236,7 +236,7 @@ def test_patience_goes_by_accuracy(tiny, tmp_path, monkeypatch, best_by, steps, 
     def measured(*_: Any, **__: Any) -> ValidationResult:
         return ValidationResult(next(losses), 8, {"reward_accuracy": next(accuracies)})
 
-    monkeypatch.setattr(validation, "validation_loss", measured)
+    monkeypatch.setattr(session_module, "validation_loss", measured)
     rule = {"every": "1 steps", "best_by": best_by, "patience": 2}
     result = train(tiny, tmp_path, "dpo", validate=rule, train={"duration": "6 steps"})
     assert result.records[-1].step == steps

@@ -7,7 +7,6 @@ Templates are read where TRL and Axolotl are installed; a case without its templ
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 
 from runs import write_rows
 from shipped_bases import change_config, change_tensors, write_fp8_stacks
+from stored_templates import template_names, tokenizer_of
 from tunesmith.cli.main import main
 from tunesmith.model.weights.safetensors_files import ADAPTER_WEIGHTS
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from stored_templates import template_names, tokenizer_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 

@@ -25,7 +25,7 @@ from tunesmith.start.build import build
 from tunesmith.start.request import Request
 from tunesmith.start.run import train
 from tunesmith.train_model import ValidationResult
-from tunesmith.training import validation
+from tunesmith.training import session as session_module
 from tunesmith.training.result import Result
 from tunesmith.training.run_sinks import sinks_of
 from tunesmith.training.stop_control import StopControl
@@ -115,7 +115,7 @@ def test_a_run_that_patience_ended_continues_with_a_longer_duration(
 ):
     """The count of validations without improvement begins anew, also if validations are rarer."""
     measured = ValidationResult(loss, 1, {})
-    monkeypatch.setattr(validation, "validation_loss", lambda *args, **options: measured)
+    monkeypatch.setattr(session_module, "validation_loss", lambda *args, **options: measured)
     rule = {"every": "1 steps", "patience": 2}
     assert go(tiny, tmp_path, train={"duration": "8 steps"}, validate=rule).steps == 3
     rule["every"] = "3 steps"

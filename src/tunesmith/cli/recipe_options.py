@@ -161,7 +161,7 @@ def chosen_recipe(
     ]
     draft = draft_recipe(args.model, args.data[0], words)
     with loading_libraries():
-        from tunesmith.start.lines import draft_lines
+        from tunesmith.start.draft import draft_lines
     for line in draft_lines(draft):
         log.info(line)
     on_draft(draft.run)

@@ -18,10 +18,9 @@ from tunesmith.presentation.data import data_lines, data_warnings, histogram
 from tunesmith.rows.compare.row_checks import ROW_FAULTS, place
 from tunesmith.rows.compare.splits import Splits
 from tunesmith.start.inputs import read_inputs
-from tunesmith.start.lines import reward_lines
 from tunesmith.start.model import ModelFacts
 from tunesmith.start.request import Request
-from tunesmith.start.rewards import own_rewards
+from tunesmith.start.rewards import own_rewards, reward_lines
 from tunesmith.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.units import count_of
 

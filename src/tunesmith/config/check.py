@@ -21,24 +21,14 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.dump import flatten, leaves, to_mapping
 from tunesmith.config.layers import COMMAND_LINE
+from tunesmith.config.methods import DEFAULT_METHOD, METHOD_FACTS, METHOD_OF_FORMAT
 from tunesmith.config.names import last_part, suggest
 from tunesmith.config.paths import TEMPLATES, is_place, is_valid_path
-from tunesmith.config.row_formats import FORMAT_COLUMNS, FormatName
-from tunesmith.config.schema import METHOD_KEYS, Run, Source
+from tunesmith.config.row_formats import FORMAT_COLUMNS
+from tunesmith.config.schema import Run, Source
 from tunesmith.config.yaml_file import RecipeLayer, scalar
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_word
-
-# The row format that each training method needs. sft is not listed, because it accepts several
-# formats.
-METHOD_FORMATS: dict[str, FormatName] = {
-    "dpo": "preference",
-    "orpo": "preference",
-    "simpo": "preference",
-    "kto": "feedback",
-}
-# Formats that `sft` cannot use.
-FORMATS_OF_METHODS = {*METHOD_FORMATS.values(), "prompt"}
 
 
 class Problem(NamedTuple):
@@ -194,7 +184,7 @@ def _keys_without_effect(run: Run, places: Places) -> Iterator[Problem]:
     """
     for key in places:
         section, _, name = key.rpartition(".")
-        readers = [method for method, keys in METHOD_KEYS.items() if name in keys]
+        readers = [method for method, facts in METHOD_FACTS.items() if name in facts.keys]
         if section == "method" and readers and run.method.name not in readers:
             fix = f"remove the key, or set method.name: {' or '.join(readers)}"
             yield Problem(key, f"has no effect with method: {run.method.name}", fix)
@@ -215,12 +205,11 @@ def _formats(run: Run, places: Places) -> Iterator[Problem]:
     """Yield a problem for each source whose row format does not fit the training method, and for
     each column that its format does not have.
     """
-    method_format = METHOD_FORMATS.get(run.method.name)
+    method_format = run.method_facts.row_format
     for key, source in sources_with_keys(run, places):
         yield from _columns(key, source)
-        default = "sft" if method_format else None
-        methods = [m for m, form in METHOD_FORMATS.items() if form == source.format]
-        other = "grpo" if source.format == "prompt" else next(iter(methods), default)
+        default = DEFAULT_METHOD if method_format else None
+        other = METHOD_OF_FORMAT.get(source.format, default)
         if source.format == method_format or other in (None, run.method.name):
             continue
         fix = f"set method: {other}"
@@ -240,7 +229,7 @@ def _columns(key: str, source: Source) -> Iterator[Problem]:
     columns = FORMAT_COLUMNS[source.format]
     otherwise = f"use one of the format's columns: {', '.join(columns)}"
     for format_name, names in FORMAT_COLUMNS.items():
-        if source.columns.keys() <= set(names) and format_name not in FORMATS_OF_METHODS:
+        if source.columns.keys() <= set(names) and format_name not in METHOD_OF_FORMAT:
             otherwise = f"set {key}.format: {format_name}, or {otherwise}"
     for name in set(source.columns) - set(columns):
         yield Problem(

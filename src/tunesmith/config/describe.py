@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
+from tunesmith.config.methods import MethodName
 from tunesmith.config.names import default_of, keys
 from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.config.schema import (
     MethodConfig,
-    MethodName,
     Run,
     is_section,
     run_type,

@@ -11,8 +11,9 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from tunesmith.config.methods import METHOD_FACTS
 from tunesmith.config.names import keys
-from tunesmith.config.schema import METHOD_KEYS, Adapter, Run, run_type
+from tunesmith.config.schema import Adapter, Run, run_type
 from tunesmith.config.yaml_file import scalar
 
 # Key of the duration of a run. A resumed run may have a longer duration than before.
@@ -46,7 +47,7 @@ def _plain(run: Run) -> dict[str, Any]:
     """
     values = run_type().dump_python(run, mode="json", by_alias=True, warnings=False)
     method = values["method"]
-    keys_read = METHOD_KEYS[method["name"]]
+    keys_read = METHOD_FACTS[method["name"]].keys
     read = {key: method[key] for key in ("name", *keys_read)}
     return {**values, "method": read if keys_read else method["name"]}
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.methods import DEFAULT_METHOD
 from tunesmith.config.names import keys, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import Run, is_section
@@ -166,7 +167,7 @@ def _without_stale(lower: dict[str, Any], upper: dict[str, Any], key: str) -> di
     if key == "adapter" and upper.get("kind") == "none":
         return {}
     # The parameters of one method, such as `beta`, do not apply to another method.
-    default = lower.get("name", "sft")
+    default = lower.get("name", DEFAULT_METHOD)
     if key == "method" and upper.get("name", default) != default:
         return {}
     # If the training source changes, drop the validation rows, because they are from the old data

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tunesmith.config.check import METHOD_FORMATS, find_problems, sources_with_keys
+from tunesmith.config.check import find_problems, sources_with_keys
 from tunesmith.config.layers import (
     COMMAND_LINE,
     FROM_PYTHON,
@@ -125,7 +125,7 @@ def checked(layer: RecipeLayer) -> Run:
 
 def _with_defaults(run: Run, places: Mapping[str, str]) -> Run:
     """Return the recipe with the defaults that depend on the training method."""
-    method_format = METHOD_FORMATS.get(run.method.name)
+    method_format = run.method_facts.row_format
     if run.samples_answers:
         # The prompt ends before the last answer, and there is no KL penalty by default.
         if "data.train_on" not in places:

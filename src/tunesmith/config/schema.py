@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
+from tunesmith.config.methods import METHOD_FACTS, MethodFacts, MethodName
 from tunesmith.config.row_formats import FormatName
 from tunesmith.units import Length, Share, Size
 
@@ -39,33 +40,9 @@ TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 StatedDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
-# Minimum batch size, in examples, that tunesmith proposes for kto. KTO's reference point is a mean
-# over the prompts of a batch, each paired with the answer to another prompt, so it needs several
-# examples.
-MIN_KTO_BATCH = 4
 # Names of the problems of rows, which are the values of `data.leave_out`.
 # rows/compare/row_checks.py finds rows with these problems.
 RowFault = Literal["near-duplicates", "contradictions"]
-MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo", "grpo"]
-
-# Training methods whose examples are pairs of answers: one is better than the other.
-PAIR_METHODS = ("dpo", "orpo", "simpo")
-# Training methods whose loss also uses log-probabilities of the model as it was at the start of
-# training.
-REFERENCE_METHODS = ("dpo", "kto")
-# Keys in the recipe section `method` that each training method reads, in addition to `name`. A
-# recipe with a key that its method does not read is refused.
-METHOD_KEYS: dict[str, tuple[str, ...]] = {
-    "sft": (),
-    "dpo": ("beta", "loss_type", "label_smoothing", "sft_weight"),
-    "orpo": ("beta",),
-    "kto": ("beta", "desirable_weight", "undesirable_weight"),
-    "simpo": ("beta", "simpo_gamma"),
-    "grpo": (
-        *("reward", "reward_weights", "reward_seconds", "group", "answer_tokens", "temperature"),
-        *("beta", "variant", "scale_rewards"),
-    ),
-}
 
 
 def key(
@@ -601,26 +578,27 @@ class Run:
     @property
     def samples_answers(self) -> bool:
         """Return whether the run trains on answers that the model samples."""
-        return self.method.name == "grpo"
+        return self.method_facts.samples
+
+    @property
+    def method_facts(self) -> MethodFacts:
+        return METHOD_FACTS[self.method.name]
 
     @property
     def uses_reference(self) -> bool:
         """Return whether the method compares the trained model with the model before training."""
-        has_penalty = self.samples_answers and self.method.beta > 0
-        return has_penalty or self.method.name in REFERENCE_METHODS
+        reference = self.method_facts.reference
+        return reference == "always" or (reference == "with beta" and self.method.beta > 0)
 
     @property
     def extra_forwards(self) -> int:
         """Number of forward passes per step in addition to the pass of the training loss.
 
-        A reference model needs one pass per step, unless its log probabilities are computed before
-        training. KTO also computes a reference point from answers of other rows. This takes one
-        more pass of the model, and one more pass of the reference model if it runs in each step.
+        In full fine-tuning, the log-probabilities of the reference are computed before training.
         """
-        if self.adapter.kind == "none":
-            return 1 if self.method.name == "kto" else 0
-        passes = {"dpo": 1, "kto": 3, "grpo": int(self.method.beta > 0)}
-        return passes.get(self.method.name, 0)
+        if not self.uses_reference:
+            return 0
+        return self.method_facts.passes[self.adapter.kind == "none"]
 
     @property
     def row_tokens(self) -> int:
@@ -628,7 +606,7 @@ class Run:
 
         For preference pairs it is 2 * `data.seq_len`, because a pair has two sequences.
         """
-        return self.data.seq_len * (2 if self.method.name in PAIR_METHODS else 1)
+        return self.data.seq_len * self.method_facts.sequences
 
 
 @cache

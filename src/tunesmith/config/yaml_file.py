@@ -29,6 +29,8 @@ Scalar = str | int | float | bool | None
 # each MB would take half a minute.
 MAX_BYTES = 256 << 10
 MAX_DEPTH = 20
+# Maximum number of brackets. ruamel needs minutes for 100,000 open brackets before it fails.
+MAX_BRACKETS = 1000
 # Maximum number of digits of an integer. A float can hold 16**250.
 MAX_DIGITS = 250
 # Maximum number of values after aliases are expanded. Without this limit, nine lines of nested
@@ -186,6 +188,11 @@ def _check_tag(node: nodes.Node, where: str) -> None:
         )
 
 
+def _check_brackets(text: str) -> None:
+    if text.count("[") + text.count("{") > MAX_BRACKETS:
+        raise RecursionError(f"there are more than {MAX_BRACKETS:,} brackets")
+
+
 @dataclass
 class _Reader:
     """Reader that converts one YAML document to plain values.
@@ -208,6 +215,7 @@ class _Reader:
         yaml.Resolver = _Untyped
         line = 0
         try:
+            _check_brackets(text)
             top = yaml.compose(text)
             return None if top is None else self.value(top, key)
         except MarkedYAMLError as error:

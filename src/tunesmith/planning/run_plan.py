@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from tunesmith.config.schema import PAIR_METHODS, Run
+from tunesmith.config.schema import Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import NO_LIMIT, MemoryLimit
 from tunesmith.model.arch.spec import ModelSpec, check_seq_len
@@ -25,7 +25,6 @@ def describe_reference(run: Run) -> tuple[str, str]:
     """Return the kind of the method's reference model, and its cost. Both are empty if the method
     needs no reference model.
     """
-    method = run.method.name
     if not run.uses_reference:
         return "", ""
     if run.adapter.kind == "none":
@@ -37,7 +36,7 @@ def describe_reference(run: Run) -> tuple[str, str]:
     else:
         what = "the adapter of adapter.from before this training"
         cost = "one forward pass per step, and a copy of the adapter"
-    if method == "kto":
+    if run.method_facts.passes[1]:
         cost += "; and as many for its KL, over prompts with answers of other rows"
     return what, cost
 
@@ -52,7 +51,7 @@ def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
         recurrent: class names of the model's recurrent layers.
     """
     is_packed = run.data.pack and run.model.attention != "eager"
-    return run.method.name in PAIR_METHODS and is_packed and not recurrent
+    return run.method_facts.sequences > 1 and is_packed and not recurrent
 
 
 def fit_to_model(

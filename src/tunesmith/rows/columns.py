@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 
-from tunesmith.config.check import METHOD_FORMATS
+from tunesmith.config.methods import DEFAULT_METHOD, METHOD_FACTS
 from tunesmith.config.row_formats import (
     CHAT_ROLES,
     READ_BY_ANY_NAME,
@@ -505,9 +505,9 @@ def _settings(source: Source, layout: Source, any_format: bool) -> str:
     """Return the settings that change the format and the columns of a source to a layout."""
     settings: dict[str, object] = {}
     if not any_format and layout.format != source.format:
-        methods = {name: method for method, name in reversed(METHOD_FORMATS.items())}
-        method = methods.get(layout.format, "sft")
-        if method != methods.get(source.format, "sft"):
+        methods = {f.row_format: name for name, f in reversed(METHOD_FACTS.items())}
+        method = methods.get(layout.format, DEFAULT_METHOD)
+        if method != methods.get(source.format, DEFAULT_METHOD):
             settings["method"] = method
         settings["format"] = layout.format
     is_named = any(name != column for name, column in layout.columns.items())

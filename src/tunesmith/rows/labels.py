@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping
 
+from tunesmith.config.methods import METHOD_OF_FORMAT
 from tunesmith.config.row_formats import ROW_FORMATS
 from tunesmith.config.row_settings import row_fix
 from tunesmith.config.schema import Source
@@ -99,5 +100,7 @@ def _use_labels(source: Source, column: str) -> str:
     names = ["prompt", "completion"] if len(own_names) == 2 else ["messages"]
     own_columns = [source.columns.get(own, own) for own in own_names]
     columns = {**dict(zip(names, own_columns, strict=True)), "label": column}
-    settings = row_fix(source.source, method="kto", format="feedback", columns=columns)
+    settings = row_fix(
+        source.source, method=METHOD_OF_FORMAT["feedback"], format="feedback", columns=columns
+    )
     return f"learn from good and bad answers, labeled true and false, with {settings}"

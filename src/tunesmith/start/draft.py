@@ -5,7 +5,7 @@ Transformers.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tunesmith.config.typed import build_run
 from tunesmith.config.yaml_file import RecipeLayer
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.host import demo_model
+from tunesmith.host.demo_model import DEMO_DESCRIPTION
 from tunesmith.rows.compare.splits import OpenedRows
 from tunesmith.rows.detect import Detected, detect
 from tunesmith.rows.source.open_source import Rows, is_local, open_splits, read_rows
@@ -171,3 +172,17 @@ def short_name(name: str) -> str:
     path = Path(name.rstrip("/"))
     stem = path.stem if path.suffix.lower() in DATA_SUFFIXES else path.name
     return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-.") or "data"
+
+
+def draft_lines(draft: Draft) -> Iterator[str]:
+    """Yield lines about the rows of a new recipe, and about the demo model if it is used."""
+    if draft.uses_demo_model:
+        yield f"model: the demo's: {DEMO_DESCRIPTION}"
+    yield draft.about_data
+    # The split of a file is derived from the file's name, which may be misleading.
+    if draft.unused_splits:
+        others = [f"{name} ({rows:,})" for name, rows in draft.unused_splits.items()]
+        yield (
+            f"{draft.run.data.train[0].source}: only the split train is used for training; the "
+            f"unused splits and their numbers of rows are: {', '.join(others)}"
+        )

@@ -5,7 +5,6 @@ The texts about its data are in `presentation/data.py`.
 
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +16,6 @@ from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.chips import Peak
-from tunesmith.host.demo_model import DEMO_DESCRIPTION
 from tunesmith.host.files import relative_to_cwd
 from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
@@ -27,14 +25,11 @@ from tunesmith.model.weights.shipped import AS_SHIPPED
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.compare_eight_bit import LossChange
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.presentation.data import SHOWN_PLACES, data_warnings
+from tunesmith.presentation.data import data_warnings
 from tunesmith.presentation.plan import plan_warnings
 from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.run_dir import read_recipe
-from tunesmith.start.draft import Draft
 from tunesmith.start.plan import MachineFacts, PlanFacts
-from tunesmith.start.rewards import OwnRewards
-from tunesmith.units import count_of
 
 
 def machine_lines(facts: MachineFacts) -> Iterator[str]:
@@ -248,31 +243,3 @@ def choice_lines(plan: RunPlan) -> Iterator[str]:
 def choices_line(plan: RunPlan) -> str:
     """Return one line with all choices of a plan, such as `attention: varlen; loss: chunked`."""
     return "; ".join(f"{part}: {value}" for part, value in plan.choices.items())
-
-
-def draft_lines(draft: Draft) -> Iterator[str]:
-    """Yield lines about the rows of a new recipe, and about the demo model if it is used."""
-    if draft.uses_demo_model:
-        yield f"model: the demo's: {DEMO_DESCRIPTION}"
-    yield draft.about_data
-    # The split of a file is derived from the file's name, which may be misleading.
-    if draft.unused_splits:
-        others = [f"{name} ({rows:,})" for name, rows in draft.unused_splits.items()]
-        yield (
-            f"{draft.run.data.train[0].source}: only the split train is used for training; the "
-            f"unused splits and their numbers of rows are: {', '.join(others)}"
-        )
-
-
-def reward_lines(own: OwnRewards | None) -> Iterator[str]:
-    """Yield lines about the rewards of the rows' own answers."""
-    if own is None:
-        yield "rewards: the rows have no own answers that could be scored"
-        return
-    yield (
-        f"rewards: the own answers of the first {count_of(len(own.values), 'row')} have the mean "
-        f"reward {fmean(own.values):.3f}"
-    )
-    if own.zeros:
-        places = ", ".join(map(relative_to_cwd, own.zeros[:SHOWN_PLACES]))
-        yield f"warning: {count_of(len(own.zeros), 'own answer')} with the reward 0, first {places}"

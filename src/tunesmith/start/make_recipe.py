@@ -21,8 +21,9 @@ from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.dump import differences, to_yaml
 from tunesmith.config.layers import Overrides, override_words
 from tunesmith.config.load import checked, load_recipe
+from tunesmith.config.methods import METHOD_FACTS, METHOD_OF_FORMAT
 from tunesmith.config.paths import relative_paths
-from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run
+from tunesmith.config.schema import Adapter, Run
 from tunesmith.config.shipped import schema_line
 from tunesmith.errors import DataError, MachineError, RecipeError
 from tunesmith.host import demo_model
@@ -74,7 +75,6 @@ PREFERENCE_EPOCHS = 1
 MAX_EPOCHS = 10
 MIN_SEEN_EXAMPLES = 500  # minimum number of examples in all epochs together
 MAX_SEEN_EXAMPLES = 25_000  # maximum number of examples in all epochs together
-MIN_PROMPTS = 8  # minimum number of prompts in a step, if answers are sampled
 MIN_STEPS = 100  # the batch is made smaller to reach this number of steps
 # Possible numbers of steps between validations. A run gets about five validations, because `report`
 # needs five points to estimate the noise of a curve, or about ten if there are few held-out rows.
@@ -103,8 +103,7 @@ CAUTIOUS_FULL_RATE = 2e-5
 # Training method for each row format, with the reason for the choice. If several methods can use a
 # format, the table contains one that needs no second model from the user.
 METHODS_OF_FORMATS = {
-    "preference": ("dpo", "the rows are pairs of a chosen and a rejected answer"),
-    "feedback": ("kto", "the rows are answers labeled good or bad"),
+    f.own_format: (name, f.reason) for name, f in METHOD_FACTS.items() if f.reason
 }
 # Factor for the learning rate of preference methods and of reinforcement learning, relative to
 # supervised fine-tuning. TRL's defaults are 2e-5 for supervised fine-tuning and 1e-6 for DPO and
@@ -488,9 +487,8 @@ class _Choices:
             # The ranks of a tensor-parallel group process the same example.
             tensor = self.run.parallel.tensor
             min_examples = min(examples, ranks if tensor == "auto" else ranks // tensor)
-            min_batch = MIN_KTO_BATCH if self.row_format == "feedback" else 1
-            if self.samples_answers:
-                min_batch = MIN_PROMPTS
+            method = METHOD_OF_FORMAT.get(self.row_format, self.run.method.name)
+            min_batch = METHOD_FACTS[method].min_batch
             batch = Size(max([*sizes, min_batch, min_examples]), "examples")
         reason = (
             f"{count_of(examples, 'example')}; small data sets get more epochs, large ones fewer"

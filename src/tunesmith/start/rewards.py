@@ -3,10 +3,12 @@
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from modulefinder import ModuleFinder
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from tunesmith.answers.scoring.process import ScorerProcess
@@ -16,11 +18,14 @@ from tunesmith.answers.scoring.scorers import SCORERS, RewardedAnswer, check_sco
 from tunesmith.batches.training_data import TrainingData
 from tunesmith.config.schema import Run
 from tunesmith.errors import DataError, RecipeError, RunError
+from tunesmith.host.files import relative_to_cwd
 from tunesmith.model.known.model_types import Support
+from tunesmith.presentation.data import SHOWN_PLACES
 from tunesmith.rows.formats import convert_row
 from tunesmith.rows.messages import has_answer
 from tunesmith.start.rows import RowFacts
 from tunesmith.start.scorer_names import errors_of_reward
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -184,3 +189,17 @@ def check_reward(run: Run, data: TrainingData) -> None:
         why="a model that answers perfectly would get no reward",
         fix="correct the scorer, or choose a scorer that fits the rows",
     )
+
+
+def reward_lines(own: OwnRewards | None) -> Iterator[str]:
+    """Yield lines about the rewards of the rows' own answers."""
+    if own is None:
+        yield "rewards: the rows have no own answers that could be scored"
+        return
+    yield (
+        f"rewards: the own answers of the first {count_of(len(own.values), 'row')} have the mean "
+        f"reward {fmean(own.values):.3f}"
+    )
+    if own.zeros:
+        places = ", ".join(map(relative_to_cwd, own.zeros[:SHOWN_PLACES]))
+        yield f"warning: {count_of(len(own.zeros), 'own answer')} with the reward 0, first {places}"

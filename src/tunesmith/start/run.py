@@ -203,8 +203,7 @@ def recipe_for_rows(model: str | None, rows: object, overrides: Overrides) -> "N
             fix='call train("my-recipe.yaml"), or train(model="...", rows=[...])',
         )
     # These import huggingface_hub, which is slow.
-    from tunesmith.start.draft import draft_recipe
-    from tunesmith.start.lines import draft_lines
+    from tunesmith.start.draft import draft_lines, draft_recipe
     from tunesmith.start.make_recipe import make_recipe
 
     options = override_layer(overrides).values

@@ -14,7 +14,7 @@ from tunesmith.build_model import build_model, fill_parameters
 from tunesmith.checkpoint.contents import read_optimizer
 from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
-from tunesmith.config.schema import REFERENCE_METHODS, Run
+from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import ModelError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
@@ -106,7 +106,7 @@ def load_model(
     loader = make_loader(data, files, plan)
     largest = method.largest_batch(run, loader).to(torch.device(plan.device))
     reference = None
-    if is_full and run.method.name in REFERENCE_METHODS:
+    if is_full and run.uses_reference:
         reference = BaseReference(run, data, facts.hashes["model_hash"], ranks)
         if not reference.is_complete and facts.machine.request.weights == "stored":
             # The reference log-probabilities are measured with the base's weights, so load these

@@ -152,7 +152,7 @@ def test_the_base_is_named_as_it_was_held(
     monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", 1.0)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
-    assert found.attention == f"products, {ATTENTION_KERNELS['products']}"
+    assert found.attention == f"batched_matmul, {ATTENTION_KERNELS['batched_matmul']}"
     assert found.quantize.startswith("fp8")
     monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", -1.0)
     with refuses(ModelError, where="model.quantize", fix=["model.quantize=none"]):

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from tunesmith.config.check import METHOD_FORMATS
+from tunesmith.config.methods import DEFAULT_METHOD, METHOD_FACTS
 from tunesmith.config.yaml_file import scalar
 from tunesmith.errors import UsageError
 from tunesmith.tools.importers.source_config import SourceConfig, ToolTable
@@ -58,7 +58,7 @@ def translate(source: SourceConfig, overrides: Mapping[str, Any], world: int | N
     if source.tool == "trl":
         _set_trl_losses(recipe)
         _set_trl_rows(recipe)
-        if recipe.method == "grpo":
+        if METHOD_FACTS[recipe.method].samples:
             _set_rewards(recipe)
             _note_factor_of_cispo(recipe)
     else:
@@ -167,7 +167,7 @@ def _set_model_of_folder(recipe: Translation) -> None:
 def _set_trl_losses(recipe: Translation) -> None:
     """Set the weight of the SFT loss, if TRL's list of losses contains `sft` after a DPO loss."""
     losses = recipe.listed("loss_type")
-    if recipe.method != "dpo" or len(losses) < 2:
+    if "sft_weight" not in METHOD_FACTS[recipe.method].keys or len(losses) < 2:
         return
     weights = [scalar(weight) for weight in recipe.listed("loss_weights")] or [1.0, 1.0]
     for name, is_known in (
@@ -197,8 +197,9 @@ def _set_trl_rows(recipe: Translation) -> None:
     # `dataset_text_field` can also name a column of messages. TRL then reads the column as
     # messages.
     is_chat = column in ("text", "messages", "conversations", "completion")
-    formats = {**METHOD_FORMATS, "grpo": "prompt"}
-    method_format = formats.get(recipe.method, "messages" if is_chat else "text")
+    facts = METHOD_FACTS[recipe.method]
+    usual = "messages" if is_chat else "text"
+    method_format = facts.row_format or facts.own_format or usual
     row_format = recipe.overrides.get("data.train.format", method_format)
 
     why = f"The rows have the format {row_format}."
@@ -217,8 +218,10 @@ def _set_trl_rows(recipe: Translation) -> None:
     is_masked = row_format == "prompt-completion" and not recipe.is_set("answers_only")
     if any(recipe.has(name, "true") for name in answers_only):
         is_masked = row_format != "text"
-    train_on = {"sft": "response" if is_masked else "all", "grpo": "last"}
-    recipe.set_key("data.train_on", train_on.get(recipe.method, "response"), *answers_only, why=why)
+    train_on = "last" if facts.samples else "response"
+    if recipe.method == DEFAULT_METHOD and not is_masked:
+        train_on = "all"
+    recipe.set_key("data.train_on", train_on, *answers_only, why=why)
 
 
 def _set_rewards(recipe: Translation) -> None:
@@ -270,7 +273,7 @@ def _set_rows(recipe: Translation, part: str) -> None:
             continue
         is_listed = bool(recipe.listed(prefix))
         if "registry" in rows and (is_listed or recipe.matching(f"{prefix}.*")):
-            row_format = METHOD_FORMATS.get(recipe.method, "messages")
+            row_format = METHOD_FACTS[recipe.method].row_format or "messages"
             raise recipe.error(
                 prefix,
                 f"{rows['registry']}, which describes these rows, is not read",
@@ -318,7 +321,7 @@ def _read_entry(
         # If several keys have the same name in the recipe, the last one wins.
         return {ours: value for key, ours in theirs.items() if (value := get(key))}
 
-    kind = METHOD_FORMATS.get(recipe.method, "sft")
+    kind = METHOD_FACTS[recipe.method].row_format or "sft"
     type_key = f"{entry}.{rows['type']}"
     named_type = str(get(rows["type"]) or usual_type or "")
     types = rows["types"][kind]
@@ -364,7 +367,7 @@ def _set_train_on(recipe: Translation) -> None:
     """Set which messages are supervised: all, the answers, or only the last answer."""
     names = ("train_on_prompts", "train_on_last")
     train_on = "response"
-    if recipe.method != "sft":
+    if recipe.method != DEFAULT_METHOD:
         for name in names:
             recipe.note(name, "Preference training compares the answers only.", differs=False)
     elif recipe.has("train_on_prompts", "true") or recipe.has("train_on_last", "train_on_all"):
@@ -444,7 +447,7 @@ def _set_batch(recipe: Translation, world: int | None) -> None:
 
     batch = int(rows * processes // tensor)
     why = f"{processes:g} processes"
-    if recipe.method == "grpo":
+    if METHOD_FACTS[recipe.method].samples:
         batch = _count_prompts(recipe, batch)
         why += ". A batch of the source counts answers, and a batch of tunesmith counts prompts."
     size = f"{batch} examples"

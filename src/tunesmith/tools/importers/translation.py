@@ -14,9 +14,9 @@ from pydantic import JsonValue
 
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.layers import merge_layers
+from tunesmith.config.methods import DEFAULT_METHOD, METHOD_FACTS
 from tunesmith.config.names import keys, members, other_tools, without_indices
 from tunesmith.config.paths import relative_paths, resolve_paths
-from tunesmith.config.schema import METHOD_KEYS
 from tunesmith.config.typed import literal_words
 from tunesmith.config.yaml_file import RecipeLayer, as_json, read_value, scalar
 from tunesmith.errors import UsageError, is_secret_name, mask_words
@@ -159,7 +159,9 @@ class Translation:
 
     @property
     def method(self) -> str:
-        return str(self.overrides.get("method.name", self.values.get("method.name", "sft")))
+        return str(
+            self.overrides.get("method.name", self.values.get("method.name", DEFAULT_METHOD))
+        )
 
     def set_key(self, key: str, value: object, *names: str, why: str = "") -> None:
         """Set a recipe key whose value is derived from the other tool's keys `names`."""
@@ -252,7 +254,7 @@ class Translation:
         ):
             return "No adapter is trained."
         name = key.removeprefix("method.")
-        if name not in (key, "name", *METHOD_KEYS.get(self.method, ())):
+        if name not in (key, "name", *METHOD_FACTS[self.method].keys):
             return f"The method {self.method} does not use this key."
         return ""
 
