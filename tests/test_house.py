@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cli.main import VERBS
+from tunesmith.config.methods import METHOD_FACTS
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +71,24 @@ def test_no_two_modules_export_one_function_name():
         )
         == {}
     )
+
+
+def test_only_the_table_of_methods_asks_for_the_name_of_a_method():
+    """A new method is then a file of `methods/` and a row of the table."""
+    places, count = [], 0
+    for file in FILES:
+        name = str(file.relative_to(SOURCE))
+        if name.startswith("methods/"):
+            continue
+        for node in nodes_of(file):
+            if not isinstance(node, ast.Compare):
+                continue
+            count += 1
+            values = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            if values & METHOD_FACTS.keys() and "method" in ast.unparse(node):
+                places.append(f"{name}:{node.lineno}")
+    assert count > 1000
+    assert places == []
 
 
 # What the command line finds in the module of a command or a tool.
