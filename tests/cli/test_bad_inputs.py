@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[type[TunesmithError], str, list[str]]] = {
     "train recipe.yaml model.name=x.gguf": (ModelError, "model.name", ["GgufConfig", "x.gguf"]),
     "chat x.gguf": (UsageError, "x.gguf", ["GgufConfig", "x.gguf"]),
     "export adapter --to ollama --adapter --output y": (UsageError, "--to ollama --adapter", ["--to gguf"]),
-    "train recipe.yaml model.name=org/none": (ModelError, "hub", ["tunesmith fetch"]),
+    "train recipe.yaml model.name=org/none": (ModelError, "https://huggingface.co/org/none", ["tunesmith fetch"]),
     "train recipe.yaml adapter.from=./none": (ModelError, "adapter.from", []),
     "train recipe.yaml adapter.from=runs/dp": (ModelError, "adapter.from", ["runs/dpo"]),
     # folders
