@@ -25,7 +25,6 @@ from tunesmith.run_dir import read_manifest
 from tunesmith.start.run import train
 from tunesmith.train_model import ValidationResult
 from tunesmith.training import session as session_module
-from tunesmith.training import validation
 from tunesmith.training.result import Result
 
 pytestmark = pytest.mark.slow
@@ -132,7 +131,7 @@ def test_a_model_trained_in_full_is_the_best_of_its_checkpoints(tiny, tmp_path, 
 
 def train_on_ranks(model: Path, folder: Path) -> int | None:
     results = iter([3.0, 2.0, 2.5, 2.6])
-    validation.validation_loss = lambda *_, **__: ValidationResult(next(results), 1, {})
+    session_module.validation_loss = lambda *_, **__: ValidationResult(next(results), 1, {})
     shards = {"parallel": {"shard": 2}, "adapter": {"kind": "none"}}
     return go(model, folder, 4, checkpoint={"every": "2 steps"}, **shards).final_step
 

@@ -43,7 +43,7 @@ def set_up(place: Path, hub: StandIn, token: str | None) -> subprocess.Completed
 def test_it_fails_before_the_large_install_and_then_goes_on(tiny: Path, place: Path) -> None:
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     with StandIn({"owner/gated": Repo(files, gated=True, granted="hf_granted0123")}) as hub:
-        refused = {None: "no token found", "hf_other01234567": "has not been granted to your token"}
+        refused = {None: "hf auth login", "hf_other01234567": "this account"}
         for token, said in refused.items():
             done = set_up(place, hub, token)
             assert done.returncode == 2

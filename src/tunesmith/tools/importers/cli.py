@@ -4,7 +4,7 @@ example:
   # writes qlora-recipe.yaml; the run used 2 GPUs
   tunesmith import qlora.yml --world 2
   # recipe keys override the file
-  tunesmith import sft.yaml data.train.source=rows.jsonl data.train.format=alpaca
+  tunesmith import sft.yaml data.train.source=rows.jsonl train.seed=7
 
 It reads files of torchtune, Axolotl, LLaMA-Factory and TRL, and lists each key
 that has no equivalent. Commands and Python are not read.
