@@ -35,9 +35,10 @@ from errors import refuses
 from pairwise import name_of, pairwise
 from tunesmith.answers.answers import cut_answer
 from tunesmith.config.schema import Source
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ModelError
 from tunesmith.rows.formats import convert_row
 from tunesmith.rows.samples import Conversation, Sample
+from tunesmith.tokens.text import rendering
 from tunesmith.tokens.text.example import Example
 from tunesmith.tokens.text.template import Template
 
@@ -372,3 +373,15 @@ def test_masks_are_those_of_trls_training_templates() -> None:
                 names.add(twin.name)
     assert compared >= 20
     assert len(names) >= 8
+
+
+def test_a_template_that_loops_on_one_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trial with other rows has shown nothing."""
+    loops = "{% if 'knot' in messages[0].content %}" + "{% for i in range(9999) %}" * 3
+    jinja = f"{loops}{'{% endfor %}' * 3}{{% endif %}}{CHATML}"
+    tokenizer = train("bytes", IM, False)
+    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=jinja, name="own.jinja")
+    monkeypatch.setattr(rendering, "MAX_RENDER_SECONDS", 0.2)
+    turns = [user("a knot"), answer("tied")]
+    with refuses(ModelError, names=["own.jinja"]):
+        template.encode(Conversation(turns), "all", where="rows.jsonl:7")

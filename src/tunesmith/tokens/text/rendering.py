@@ -11,6 +11,8 @@ outside a pair of sentinels was written by the template.
 
 import copy
 import re
+import signal
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
-from tunesmith.errors import DataError, first_line
+from tunesmith.errors import DataError, ModelError, first_line
 from tunesmith.rows.samples import PICTURE_MARK, Message
 from tunesmith.tokens.text.answer_ends import AnswerEnds
 from tunesmith.tokens.text.sentinels import (
@@ -56,6 +58,7 @@ RENDER_ERRORS = (
     RecursionError,
     MemoryError,
 )
+MAX_RENDER_SECONDS = 5  # processor time for one conversation
 _GENERATION_START = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIX_WITH_TAGS = (
     "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
@@ -151,6 +154,33 @@ class TemplateTraits:
     calls: bool = False
     lists_tools: bool = False
     wrapped_result: re.Pattern[str] | None = None
+
+
+@contextmanager
+def _limit_seconds() -> Iterator[None]:
+    """Raise TimeoutError if the code in the `with` block uses more processor time than
+    MAX_RENDER_SECONDS.
+
+    The limit is necessary in addition to the trial of a template (`try_template.py`), because the
+    template may loop endlessly on conversations that are not in the trial. Only the main thread
+    receives signals, so the limit has no effect in other threads. The processor time of all threads
+    is counted. Nested `with` blocks are not supported, because the inner block ends the limit of
+    the outer block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    previous_handler = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous_handler)
 
 
 class ChatRenderer:
@@ -249,7 +279,16 @@ class ChatRenderer:
     @contextmanager
     def _render_errors(self) -> Iterator[None]:
         try:
-            yield
+            with _limit_seconds():
+                yield
+        except TimeoutError as error:
+            # Raise ModelError instead of DataError, because `probe.py` handles a DataError as "the
+            # template rejects this conversation".
+            raise ModelError(
+                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render a conversation",
+                why="it may have nested loops",
+                fix="use another template: data.template=FILE.jinja",
+            ) from error
         except RENDER_ERRORS as error:
             why = first_line(error) or type(error).__name__
             raise self.error(
