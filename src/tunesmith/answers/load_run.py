@@ -14,7 +14,6 @@ A path RUN can be:
 training.
 """
 
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
     from tunesmith.tokens.text.placeholders import PictureProcessor
     from tunesmith.tokens.text.template import Template
     from tunesmith.train_model import TrainModel
-
-log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+$")
 _SAVED_FOLDER_NAME = re.compile(r"^(final|checkpoint-\d+)$")

@@ -25,9 +25,9 @@ If all values are equal, all resamples are equal, so a bootstrap gives no interv
 then derived from the maximum fraction of rows with other values (Clopper-Pearson). The seed is
 fixed, so the same scores give the same interval on every machine.
 
-`scipy.stats` has the distributions and the bootstrap. The functions import it, because it takes 0.7
-seconds to load and most commands compute no interval. It has no mid-p interval and none of Tango's,
-so this module computes these two.
+`scipy.stats` has the distributions and the bootstrap. The functions import it, because its import
+is slow and most commands compute no interval. It has no mid-p interval and none of Tango's, so this
+module computes these two.
 """
 
 import math

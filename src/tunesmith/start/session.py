@@ -4,7 +4,7 @@ import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -38,9 +38,6 @@ from tunesmith.train_model import Method, TrainModel
 from tunesmith.training.reference import BaseReference
 from tunesmith.training.session import Session, check_one_micro_batch, make_loader
 from tunesmith.units import count_of
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

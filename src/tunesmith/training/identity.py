@@ -1,9 +1,7 @@
 """The files with which a run directory begins: env.json, config.yaml and held-out.txt."""
 
 import json
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +12,6 @@ from tunesmith.metrics import hardware
 from tunesmith.presentation.data import contract_lines
 from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
 from tunesmith.training.session import Session
-
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger(__name__)
-
 
 # Maximum number of rows whose first words are in held-out.txt. The number is limited, because each
 # of these rows must be read from its data file.

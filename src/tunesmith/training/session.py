@@ -1,6 +1,5 @@
 """The session: all objects that a training needs."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,6 @@ from tunesmith.planning.run_plan import RunPlan
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.train_model import Method, StopRequests, TrainModel, ValidationResult
 from tunesmith.training.validation_loss import validation_loss
-
-log = logging.getLogger(__name__)
 
 
 @dataclass

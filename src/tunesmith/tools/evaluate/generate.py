@@ -4,7 +4,6 @@ A row can have any training format, with or without an answer. The answer in the
 assistant turn, the output or the completion) becomes the reference, and is not in the prompt.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +24,6 @@ from tunesmith.rows.source.open_source import Rows, from_list
 from tunesmith.tools.evaluate.row_source import find_source
 from tunesmith.training.program_rows import mappings
 from tunesmith.units import count_of
-
-log = logging.getLogger(__name__)
 
 
 @lines_by_default()
